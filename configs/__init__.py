@@ -1,0 +1,1 @@
+"""Data only: profiles, job types, prompt templates and negative prompts, read with `importlib.resources`."""

@@ -1,0 +1,258 @@
+"""The job: what it is, what its states mean, how it is accepted and read. Read this file first.
+
+A job is one row of `jobs` for ever and, while it is open, one row of `job_queue`. Its status moves like this:
+
+    queued ── claim ──> processing ── settle ──> completed | failed | cancelled
+      ^                     |
+      └────── requeue ──────┘        next stage, failure with budget left, lost lease, drain, explicit retry
+
+queued      Waits in `job_queue`, for the model family that does its next stage: `qwen` while the stage is
+            `enhance`, then `sdxl` or `wan`. If every process dies here, nothing happens to it.
+processing  A replica holds it: `worker` until `lease_until`, under `attempt`. The replica renews the lease while
+            its engine advances. If it dies, the lease runs out and upkeep puts the job back; the failure is
+            counted. If it only sleeps and comes back late, its `attempt` is old and no write of it has effect.
+completed   Every asset is stored and readable, and its row was written in the transaction that said so.
+failed      Given up, with a typed `error_code`: not retryable, or `max_attempts` failures. A deadline that
+            passed is a failure with its own code.
+cancelled   Stopped because somebody asked.
+
+The last three are terminal: nothing but an explicit retry moves a job out of failed or cancelled, and nothing
+moves it out of completed. `attempt` counts claims and is the fencing token of every write of a replica; `failures`
+is the budget. So a drain, a preemption and a hop between stages cost nothing.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Self
+from uuid import UUID
+
+import asyncpg
+
+from db.pool import Connection, queries
+
+
+class Status(StrEnum):
+    """`jobs.status`; the transitions are in the module's docstring."""
+
+    QUEUED = "queued"
+    PROCESSING = "processing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def terminal(self) -> bool:
+        """Whether nothing but a retry can move the job on."""
+        return self in (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
+
+
+class QueueState(StrEnum):
+    """`job_queue.state`."""
+
+    READY = "ready"  # may be claimed
+    SCHEDULED = "scheduled"  # not before run_at
+    BLOCKED = "blocked"  # its user is at a cap
+    RUNNING = "running"  # leased
+
+
+class Stage(StrEnum):
+    """What a job needs next."""
+
+    ENHANCE = "enhance"  # the prompt, by the language model
+    GENERATE = "generate"  # the media
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewJob:
+    """A job to accept. Validated already: the database refuses what breaks an invariant, not what is bad input."""
+
+    id: UUID
+    user_id: UUID
+    job_type: str
+    format: str
+    quality: str
+    model_type: str
+    stage: Stage
+    queue: str
+    cost: float  # predicted seconds of the first stage
+    credits: float
+    original_prompt: str
+    params: Mapping[str, Any]
+    enhanced_prompt: str | None = None
+    content_mode: str = "sfw"
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    adjustments: Sequence[Mapping[str, Any]] = ()
+    klass: int = 1
+    max_attempts: int = 3
+    callback_url: str | None = None
+    callback_events: Sequence[str] = ("processing", "completed", "failed", "cancelled")
+    destination: str = "workspace"
+    traceparent: str | None = None
+    run_at: datetime | None = None
+    start_deadline_seconds: float | None = None
+    deadline_seconds: float | None = None
+
+    def to_row(self) -> dict[str, Any]:
+        """The values as the `accept` statement names them."""
+        values = asdict(self)
+        values["class"] = values.pop("klass")
+        return values
+
+
+class IdempotencyConflict(ValueError):
+    """The key was used for another body."""
+
+    code = "idempotency_key_reused"
+
+
+class IdempotencyInFlight(ValueError):
+    """A request with the same key is being accepted right now."""
+
+    code = "idempotency_key_in_flight"
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """`replayed` says that an earlier request with this key made the job."""
+
+    job_id: UUID
+    replayed: bool
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """A job as its reader may see it, with everything that hangs on it."""
+
+    job: Mapping[str, Any]
+    queue: Mapping[str, Any] | None
+    standing: Mapping[str, Any] | None
+    assets: Sequence[Mapping[str, Any]]
+    callbacks: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def from_row(cls, row: asyncpg.Record) -> Self:
+        """The record from a row of `read` or `list_page`."""
+        return cls(row["job"], row["queue"], row["standing"], row["assets"], row["callbacks"])
+
+    @property
+    def status(self) -> Status:
+        """The job's status."""
+        return Status(self.job["status"])
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """One line of a job's history. `id` grows with time; clients resume after it."""
+
+    id: int
+    job_id: UUID
+    attempt: int
+    kind: str
+    at: datetime
+    data: Mapping[str, Any]
+
+    @classmethod
+    def from_row(cls, row: asyncpg.Record) -> Self:
+        """The event from a row of `job_events`."""
+        return cls(**dict(row))
+
+
+class Jobs:
+    """Accepting and reading jobs. `accept` and `retry` need a pool that acts as the owner; reading takes any
+    connection, and what it sees is what row-level security lets it see."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+        self._sql = queries("jobs")
+
+    async def accept(
+        self, job: NewJob, *, idempotency_key: str | None = None, body: bytes = b"", keep_hours: int = 48
+    ) -> Accepted:
+        """Take a job in, in one transaction with its charge and its idempotency key. Durable on return.
+
+        Raises `IdempotencyConflict` for a known key with another body, `IdempotencyInFlight` when the first
+        request with it has not committed yet.
+        """
+        async with self._pool.acquire() as connection, connection.transaction():
+            if idempotency_key is not None:
+                earlier = await self._earlier(connection, job.user_id, idempotency_key, body)
+                if earlier is not None:
+                    return Accepted(earlier, replayed=True)
+            made = [row["id"] async for row in self._sql.accept(connection, rows=[job.to_row()])]
+            if idempotency_key is not None:
+                await self._sql.store_idempotency_key(
+                    connection,
+                    user_id=job.user_id,
+                    key=idempotency_key,
+                    body_hash=hashlib.sha256(body).digest(),
+                    job_id=job.id,
+                    hours=keep_hours,
+                )
+        return Accepted(made[0], replayed=False)
+
+    async def _earlier(self, connection: Connection, user_id: UUID, key: str, body: bytes) -> UUID | None:
+        if not await self._sql.lock_idempotency_key(connection, user_id=user_id, key=key):
+            raise IdempotencyInFlight(key)
+        row = await self._sql.find_idempotency_key(connection, user_id=user_id, key=key)
+        if row is None:
+            return None
+        if row["body_hash"] != hashlib.sha256(body).digest():
+            raise IdempotencyConflict(key)
+        job_id: UUID = row["job_id"]
+        return job_id
+
+    async def read(self, connection: Connection | asyncpg.Pool, job_id: UUID) -> JobRecord | None:
+        """One job, or None when there is none that the connection may see."""
+        row = await self._sql.read(connection, job_id=job_id)
+        return None if row is None else JobRecord.from_row(row)
+
+    async def list_page(
+        self,
+        connection: Connection,
+        *,
+        user_id: UUID | None = None,
+        status: str | None = None,
+        job_type: str | None = None,
+        created_after: datetime | None = None,
+        before: UUID | None = None,
+        after: UUID | None = None,
+        page_size: int = 20,
+    ) -> list[JobRecord]:
+        """Jobs, newest first. With `after` the page next to it on the newer side, still newest first."""
+        rows = self._sql.list_page(
+            connection,
+            user_id=user_id,
+            status=status,
+            job_type=job_type,
+            created_after=created_after,
+            before=before,
+            after=after,
+            page_size=page_size,
+        )
+        page = [JobRecord.from_row(row) async for row in rows]
+        return sorted(page, key=lambda record: str(record.job["id"]), reverse=True)
+
+    async def events_after(
+        self, connection: Connection, job_id: UUID, after_id: int = 0, page_size: int = 200
+    ) -> list[JobEvent]:
+        """The events of a job past an id, oldest first."""
+        rows = self._sql.events_after(connection, job_id=job_id, after_id=after_id, page_size=page_size)
+        return [JobEvent.from_row(row) async for row in rows]
+
+    async def run_seconds(self, job_type: str) -> float | None:
+        """Mean seconds of the last 20 completed runs of a type; None before the first."""
+        value = await self._sql.run_seconds(self._pool, job_type=job_type)
+        return None if value is None else float(value)
+
+    async def retry(self, job_id: UUID, *, queue: str, cost: float) -> bool:
+        """Queue a failed or cancelled job again with a new budget. False when it is in no such state."""
+        return await self._sql.retry(self._pool, job_id=job_id, queue=queue, cost=cost) is not None
+
+
+def canonical_body(value: object) -> bytes:
+    """The bytes of a request that its idempotency key stands for: equal JSON gives equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()

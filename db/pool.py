@@ -1,0 +1,96 @@
+"""Connections to Postgres, and in whose name they act."""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import cache
+from importlib.resources import files
+from typing import Any, TypeAlias
+from uuid import UUID
+
+import aiosql
+import asyncpg
+from asyncpg.pool import PoolConnectionProxy
+
+Connection: TypeAlias = asyncpg.Connection | PoolConnectionProxy
+
+WORKER_ROLE = "ourvidz_worker"
+
+
+class DatabaseUnavailable(RuntimeError):
+    """Postgres can't be reached or refuses connections. Nothing was changed; try again."""
+
+    code = "database_unavailable"
+
+
+# what a lost or refused connection looks like; anything else is a fault of ours or of the data
+CONNECTION_FAULTS = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.InterfaceError,
+    ConnectionError,
+    OSError,
+    TimeoutError,
+)
+
+
+@cache
+def queries(name: str) -> Any:
+    """The statements of `queries/<name>.sql`, as coroutines that take a connection first and named arguments."""
+    return aiosql.from_str(files("db").joinpath("queries", f"{name}.sql").read_text(encoding="utf-8"), "asyncpg")
+
+
+async def open_pool(
+    url: str, *, role: str | None = None, min_size: int = 1, max_size: int = 10, name: str = "ourvidz"
+) -> asyncpg.Pool:
+    """A pool whose connections act as `role` from the first statement on, or as the URL's own user.
+
+    JSON comes and goes as Python values. Raises `DatabaseUnavailable`.
+    """
+    settings = {
+        "application_name": name,
+        "statement_timeout": "30s",
+        "timezone": "UTC",
+        "search_path": "public",
+    }
+    if role is not None:
+        settings["role"] = role
+    try:
+        return await asyncpg.create_pool(
+            url,
+            min_size=min_size,
+            max_size=max_size,
+            server_settings=settings,
+            init=_prepare,
+            timeout=10,
+            command_timeout=60,
+            max_inactive_connection_lifetime=300,
+        )
+    except CONNECTION_FAULTS as error:
+        raise DatabaseUnavailable(f"can't connect to Postgres: {type(error).__name__}") from error
+
+
+@asynccontextmanager
+async def as_user(pool: asyncpg.Pool, user_id: UUID) -> AsyncIterator[Connection]:
+    """A transaction in a user's name: row-level security shows and hides what it does for that user.
+
+    The identity ends with the transaction, so a connection can't carry it into the pool.
+    """
+    async with pool.acquire() as connection, connection.transaction(readonly=True):
+        claims = json.dumps({"sub": str(user_id), "role": "authenticated"})
+        await connection.execute("SELECT set_config('request.jwt.claims', $1, true)", claims)
+        await connection.execute("SET LOCAL ROLE authenticated")
+        yield connection
+
+
+async def _prepare(connection: asyncpg.Connection) -> None:
+    for kind in ("json", "jsonb"):
+        await connection.set_type_codec(kind, schema="pg_catalog", encoder=_encode, decoder=json.loads, format="text")
+
+
+def _encode(value: object) -> str:
+    # NaN and infinity are no JSON; Postgres would refuse them with a less clear message
+    return json.dumps(value, default=str, allow_nan=False)

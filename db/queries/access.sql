@@ -1,0 +1,36 @@
+-- name: find_key(key_hash)^
+-- Who holds an API key that is neither revoked nor expired. `stale` says that its last use is worth noting again.
+SELECT k.id AS key_id, k.user_id, p.username, p.age_verified,
+       coalesce(array_agg(r.role::text) FILTER (WHERE r.role IS NOT NULL), '{}') AS roles,
+       k.last_used_at IS NULL OR k.last_used_at < now() - interval '1 minute' AS stale
+FROM api_keys k JOIN profiles p ON p.id = k.user_id LEFT JOIN user_roles r ON r.user_id = k.user_id
+WHERE k.key_hash = :key_hash AND k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > now())
+GROUP BY k.id, p.id;
+
+-- name: note_use(key_id)!
+UPDATE api_keys SET last_used_at = now() WHERE id = :key_id;
+
+-- name: ensure_user(username)$
+-- The user of that name, made when new.
+INSERT INTO profiles (username) VALUES (:username)
+ON CONFLICT (username) DO UPDATE SET username = excluded.username RETURNING id;
+
+-- name: ensure_role(user_id, role)!
+INSERT INTO user_roles (user_id, role) VALUES (:user_id, :role::app_role) ON CONFLICT DO NOTHING;
+
+-- name: create_key(user_id, name, prefix, key_hash, expires_at)^
+INSERT INTO api_keys (user_id, name, prefix, key_hash, expires_at)
+VALUES (:user_id, :name, :prefix, :key_hash, :expires_at)
+RETURNING id, user_id, name, prefix, created_at, last_used_at, expires_at, revoked_at;
+
+-- name: list_keys(user_id)
+SELECT k.id, k.user_id, p.username, k.name, k.prefix, k.created_at, k.last_used_at, k.expires_at, k.revoked_at
+FROM api_keys k JOIN profiles p ON p.id = k.user_id
+WHERE :user_id::uuid IS NULL OR k.user_id = :user_id ORDER BY k.created_at;
+
+-- name: revoke_key(key_id)^
+UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = :key_id
+RETURNING id, user_id, name, prefix, created_at, last_used_at, expires_at, revoked_at;
+
+-- name: count_admins()$
+SELECT count(*) FROM user_roles WHERE role = 'admin';

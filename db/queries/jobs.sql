@@ -1,0 +1,109 @@
+-- name: lock_idempotency_key(user_id, key)$
+-- True when nobody else is accepting with this key right now.
+SELECT pg_try_advisory_xact_lock(hashtextextended(:user_id::uuid::text || :key::text, 0));
+
+-- name: find_idempotency_key(user_id, key)^
+-- What an earlier acceptance with this key stored.
+SELECT body_hash, job_id FROM idempotency_keys WHERE user_id = :user_id AND key = :key AND expires_at > now();
+
+-- name: store_idempotency_key(user_id, key, body_hash, job_id, hours)!
+-- Remember the key; an expired one of the same name is overwritten.
+INSERT INTO idempotency_keys (user_id, key, body_hash, job_id, expires_at)
+VALUES (:user_id, :key, :body_hash, :job_id, now() + make_interval(hours => :hours::int))
+ON CONFLICT (user_id, key) DO UPDATE
+  SET body_hash = excluded.body_hash, job_id = excluded.job_id, expires_at = excluded.expires_at;
+
+-- name: accept(rows)
+-- Take jobs in: the fact, its place in the queue, its first event and its charge, in one statement.
+WITH given AS MATERIALIZED (
+  SELECT * FROM jsonb_to_recordset(:rows::jsonb) AS g(
+    id uuid, user_id uuid, job_type text, format text, quality text, model_type text, stage text, content_mode text,
+    original_prompt text, enhanced_prompt text, params jsonb, metadata jsonb, adjustments jsonb, max_attempts int,
+    callback_url text, callback_events text[], destination text, traceparent text,
+    queue text, class smallint, cost real, run_at timestamptz, start_deadline_seconds double precision,
+    deadline_seconds double precision, credits numeric)
+), made AS (
+  INSERT INTO jobs (id, user_id, job_type, format, quality, model_type, stage, content_mode, original_prompt,
+                    enhanced_prompt, params, metadata, adjustments, max_attempts, callback_url, callback_events,
+                    destination, traceparent, compel_weights)
+  SELECT id, user_id, job_type, format, quality, model_type, stage, content_mode, original_prompt, enhanced_prompt,
+         params, coalesce(metadata, '{}'), coalesce(adjustments, '[]'), max_attempts, callback_url,
+         coalesce(callback_events, '{processing,completed,failed,cancelled}'), destination, traceparent,
+         params -> 'compel_weights'
+  FROM given
+  RETURNING *
+), queued AS (
+  INSERT INTO job_queue (job_id, user_id, queue, class, tag, cost, state, run_at, max_attempts, start_deadline, deadline)
+  SELECT m.id, m.user_id, g.queue, g.class, ourvidz.next_tag(g.queue, m.user_id, g.cost), g.cost,
+         (CASE WHEN g.run_at > now() THEN 'scheduled' ELSE 'ready' END)::queue_state, coalesce(g.run_at, now()),
+         m.max_attempts, now() + make_interval(secs => g.start_deadline_seconds),
+         now() + make_interval(secs => g.deadline_seconds)
+  FROM made m JOIN given g USING (id)
+), noted AS (
+  INSERT INTO job_events (job_id, user_id, attempt, kind, data)
+  SELECT m.id, m.user_id, 0, 'queued', jsonb_build_object('queue', g.queue, 'stage', m.stage)
+  FROM made m JOIN given g USING (id)
+), charged AS (
+  INSERT INTO usage_logs (user_id, action, credits_consumed, format, quality, job_id)
+  SELECT m.user_id, m.job_type, g.credits, m.format, m.quality, m.id FROM made m JOIN given g USING (id)
+)
+SELECT id FROM made;
+
+-- name: read(job_id)^
+-- One job with its place in the queue, its assets and its callbacks, as far as row-level security lets the caller see.
+SELECT to_jsonb(j) AS job,
+       (SELECT to_jsonb(q) FROM (
+          SELECT queue, class, state, run_at, attempt, failures, cancel, phase, step, steps
+          FROM job_queue WHERE job_id = j.id) q) AS queue,
+       (SELECT to_jsonb(s) FROM ourvidz.standing(j.id) s WHERE j.status = 'queued') AS standing,
+       (SELECT coalesce(jsonb_agg(to_jsonb(a) ORDER BY a.asset_index), '[]') FROM workspace_assets a WHERE a.job_id = j.id) AS assets,
+       (SELECT coalesce(jsonb_agg(to_jsonb(o) ORDER BY o.seq), '[]') FROM (
+          SELECT id, seq, event_type, state, attempts, last_status, last_error, delivered_at
+          FROM callback_outbox WHERE job_id = j.id) o) AS callbacks
+FROM jobs j WHERE j.id = :job_id;
+
+-- name: list_page(user_id, status, job_type, created_after, before, after, page_size)
+-- Jobs, newest first. `before` and `after` are ids; ids are ordered by time.
+SELECT to_jsonb(j) AS job,
+       (SELECT to_jsonb(q) FROM (
+          SELECT queue, class, state, run_at, attempt, failures, cancel, phase, step, steps
+          FROM job_queue WHERE job_id = j.id) q) AS queue,
+       NULL::jsonb AS standing,
+       (SELECT coalesce(jsonb_agg(to_jsonb(a) ORDER BY a.asset_index), '[]') FROM workspace_assets a WHERE a.job_id = j.id) AS assets,
+       '[]'::jsonb AS callbacks
+FROM jobs j
+WHERE (:user_id::uuid IS NULL OR j.user_id = :user_id)
+  AND (:status::text IS NULL OR j.status = :status)
+  AND (:job_type::text IS NULL OR j.job_type = :job_type)
+  AND (:created_after::timestamptz IS NULL OR j.created_at > :created_after)
+  AND (:before::uuid IS NULL OR j.id < :before)
+  AND (:after::uuid IS NULL OR j.id > :after)
+ORDER BY CASE WHEN :after::uuid IS NOT NULL AND :before::uuid IS NULL THEN j.id END ASC, j.id DESC
+LIMIT :page_size::int;
+
+-- name: run_seconds(job_type)$
+-- Mean seconds of the last 20 completed runs of a type; null before the first.
+SELECT avg(generation_time_ms + coalesce(enhancement_time_ms, 0)) / 1000.0
+FROM (SELECT generation_time_ms, enhancement_time_ms FROM jobs
+      WHERE job_type = :job_type AND status = 'completed' AND generation_time_ms IS NOT NULL
+      ORDER BY completed_at DESC LIMIT 20) recent;
+
+-- name: events_after(job_id, after_id, page_size)
+-- The events of a job past an id, oldest first.
+SELECT id, job_id, attempt, kind, at, data FROM job_events
+WHERE job_id = :job_id AND id > :after_id ORDER BY id LIMIT :page_size::int;
+
+-- name: retry(job_id, cost, queue)^
+-- A new budget for a job that failed or was cancelled. The attempt goes on counting, so that a late replica stays out.
+WITH again AS (
+  UPDATE jobs SET status = 'queued', completed_at = NULL, error_code = NULL, error_message = NULL, retryable = NULL,
+                  failures = 0, event_seq = event_seq + 1, updated_at = now()
+  WHERE id = :job_id AND status IN ('failed', 'cancelled')
+  RETURNING *
+), queued AS (
+  INSERT INTO job_queue (job_id, user_id, queue, tag, cost, attempt, max_attempts)
+  SELECT id, user_id, :queue, ourvidz.next_tag(:queue, user_id, :cost), :cost, attempts, max_attempts FROM again
+), noted AS (
+  INSERT INTO job_events (job_id, user_id, attempt, kind) SELECT id, user_id, attempts, 'retried' FROM again
+)
+SELECT id, stage, model_type FROM again;

@@ -1,0 +1,207 @@
+-- name: claim(queue, slots, worker, lease_seconds)
+-- Take up to `slots` waiting jobs: highest class, then fair share, then age. Sets owner, lease and the next attempt.
+WITH picked AS MATERIALIZED (
+  SELECT job_id FROM job_queue
+  WHERE queue = :queue AND state = 'ready'
+    AND (start_deadline IS NULL OR start_deadline > now()) AND (deadline IS NULL OR deadline > now())
+    AND NOT EXISTS (SELECT FROM queues WHERE name = :queue AND paused)
+  ORDER BY class DESC, tag, job_id
+  LIMIT :slots::int FOR UPDATE SKIP LOCKED
+), claimed AS (
+  UPDATE job_queue q
+  SET state = 'running', attempt = q.attempt + 1, worker = :worker, phase = 'claimed', step = NULL, steps = NULL,
+      lease_until = clock_timestamp() + make_interval(secs => :lease_seconds::float8)
+  FROM picked p WHERE q.job_id = p.job_id
+  RETURNING q.*
+), clock AS (
+  UPDATE queues SET clock = top.tag FROM (SELECT max(tag) AS tag FROM claimed) top
+  WHERE name = :queue AND clock < top.tag
+), started AS (
+  UPDATE jobs j
+  SET status = 'processing', attempts = c.attempt, event_seq = j.event_seq + 1, started_at = coalesce(j.started_at, now()),
+      queue_wait_ms = coalesce(j.queue_wait_ms, (extract(epoch FROM now() - j.created_at) * 1000)::bigint)
+  FROM claimed c WHERE j.id = c.job_id
+  RETURNING j AS job, c.attempt, c.failures, c.max_attempts, c.worker
+), noted AS (
+  INSERT INTO job_events (job_id, user_id, attempt, kind, data)
+  SELECT (job).id, (job).user_id, attempt, 'started', jsonb_build_object('stage', (job).stage, 'worker', worker) FROM started
+), called AS (
+  -- told once: at the first start, which is the one whose start time is this transaction's
+  INSERT INTO callback_outbox (id, job_id, user_id, seq, event_type, terminal, url, body)
+  SELECT c.* FROM started s CROSS JOIN LATERAL ourvidz.callback_for(s.job, '[]', '{}') c WHERE (s.job).started_at = now()
+)
+SELECT to_jsonb(job) AS job, attempt, failures, max_attempts FROM started;
+
+-- name: renew(job_ids, attempts, phases, steps, totals, worker, lease_seconds)
+-- Renew the leases of a replica's jobs with their progress. A job that is missing from the answer was lost.
+UPDATE job_queue q
+SET lease_until = clock_timestamp() + make_interval(secs => :lease_seconds::float8),
+    phase = g.phase, step = g.step, steps = g.total
+FROM unnest(:job_ids::uuid[], :attempts::int[], :phases::text[], :steps::int[], :totals::int[])
+     AS g(job_id, attempt, phase, step, total)
+WHERE q.job_id = g.job_id AND q.attempt = g.attempt AND q.state = 'running' AND q.worker = :worker
+RETURNING q.job_id, q.cancel;
+
+-- name: settle(rows)
+-- End jobs. `attempt` is the fence: with it, only a running job under that very attempt ends; without it, only one
+-- that is not running. `expired` ends it only if its lease has run out. What did not end is missing from the answer.
+WITH given AS MATERIALIZED (
+  SELECT * FROM jsonb_to_recordset(:rows::jsonb) AS g(
+    job_id uuid, attempt int, expired boolean, status text, error_code text, error_message text, retryable boolean,
+    counts boolean, settings jsonb, generation_time_ms bigint, worker uuid, assets jsonb, callback_assets jsonb, facts jsonb)
+), gone AS (
+  DELETE FROM job_queue q USING given g
+  WHERE q.job_id = g.job_id
+    AND CASE WHEN g.attempt IS NULL THEN q.state <> 'running' ELSE q.state = 'running' AND q.attempt = g.attempt END
+    AND (g.expired IS NOT TRUE OR q.lease_until < clock_timestamp())
+  RETURNING q.job_id, q.attempt, q.failures
+), ended AS (
+  UPDATE jobs j
+  SET status = g.status, completed_at = now(), attempts = gone.attempt, event_seq = j.event_seq + 1,
+      failures = gone.failures + coalesce(g.counts, false)::int,
+      error_code = g.error_code, error_message = g.error_message, retryable = g.retryable,
+      generation_settings = coalesce(g.settings, j.generation_settings), worker = coalesce(g.worker, j.worker),
+      generation_time_ms = coalesce(g.generation_time_ms, j.generation_time_ms)
+  FROM gone JOIN given g USING (job_id)
+  WHERE j.id = gone.job_id
+  RETURNING j AS job, g.assets, g.callback_assets, g.facts
+), stored AS (
+  INSERT INTO workspace_assets (id, user_id, job_id, asset_index, attempt, asset_type, temp_storage_path, thumbnail_path,
+                                mime_type, file_size_bytes, width, height, frames, fps, duration_seconds, generation_seed,
+                                original_prompt, model_used, generation_settings)
+  SELECT a.id, (e.job).user_id, (e.job).id, a.asset_index, (e.job).attempts, a.asset_type, a.key, a.thumbnail_key,
+         a.mime_type, a.file_size_bytes, a.width, a.height, a.frames, a.fps, a.duration_seconds, a.seed,
+         (e.job).original_prompt, a.model_used, coalesce(a.settings, '{}')
+  FROM ended e CROSS JOIN LATERAL jsonb_to_recordset(e.assets) AS a(
+    id uuid, asset_index int, asset_type text, key text, thumbnail_key text, mime_type text, file_size_bytes bigint,
+    width int, height int, frames int, fps numeric, duration_seconds numeric, seed bigint, model_used text, settings jsonb)
+), noted AS (
+  INSERT INTO job_events (job_id, user_id, attempt, kind, data)
+  SELECT (job).id, (job).user_id, (job).attempts, (job).status, jsonb_strip_nulls(jsonb_build_object(
+    'error_code', (job).error_code, 'error_message', (job).error_message, 'retryable', (job).retryable,
+    'assets', jsonb_array_length(assets)))
+  FROM ended
+), superseded AS (
+  UPDATE callback_outbox o SET state = 'superseded' FROM ended e
+  WHERE o.job_id = (e.job).id AND o.state = 'due' AND NOT o.terminal
+), called AS (
+  INSERT INTO callback_outbox (id, job_id, user_id, seq, event_type, terminal, url, body)
+  SELECT c.* FROM ended e CROSS JOIN LATERAL ourvidz.callback_for(e.job, e.callback_assets, e.facts) c
+)
+SELECT (job).id AS job_id, (job).status, (job).callback_url IS NOT NULL AS calls_back FROM ended;
+
+-- name: requeue(rows)
+-- Put running jobs back: to the next stage's queue, after a failure with its delay, or at once when a replica drains.
+-- The fence is the same as in settle; a job that was asked to stop is left for settle to end.
+WITH given AS MATERIALIZED (
+  SELECT * FROM jsonb_to_recordset(:rows::jsonb) AS g(
+    job_id uuid, attempt int, expired boolean, counts boolean, delay_seconds double precision, error_code text,
+    error_message text, kind text, queue text, cost real, stage text, enhanced_prompt text, enhancement jsonb,
+    enhancement_strategy text, enhancement_time_ms int, template_name text, expansion numeric)
+), moved AS (
+  UPDATE job_queue q
+  SET state = (CASE WHEN g.delay_seconds > 0 THEN 'scheduled' ELSE 'ready' END)::queue_state,
+      run_at = now() + make_interval(secs => coalesce(g.delay_seconds, 0)),
+      worker = NULL, lease_until = NULL, phase = NULL, step = NULL, steps = NULL,
+      failures = q.failures + coalesce(g.counts, false)::int, queue = coalesce(g.queue, q.queue),
+      tag = CASE WHEN g.queue IS NULL THEN q.tag ELSE ourvidz.next_tag(g.queue, q.user_id, coalesce(g.cost, q.cost)) END,
+      cost = coalesce(g.cost, q.cost)
+  FROM given g
+  WHERE q.job_id = g.job_id AND q.state = 'running' AND q.attempt = g.attempt AND q.cancel IS NULL
+    AND (g.expired IS NOT TRUE OR q.lease_until < clock_timestamp())
+  RETURNING q.job_id, q.attempt, q.failures, q.queue
+), waiting AS (
+  UPDATE jobs j
+  SET status = 'queued', event_seq = j.event_seq + 1, failures = m.failures, stage = coalesce(g.stage, j.stage),
+      enhanced_prompt = coalesce(g.enhanced_prompt, j.enhanced_prompt), enhancement = coalesce(g.enhancement, j.enhancement),
+      enhancement_strategy = coalesce(g.enhancement_strategy, j.enhancement_strategy),
+      enhancement_time_ms = coalesce(g.enhancement_time_ms, j.enhancement_time_ms),
+      template_name = coalesce(g.template_name, j.template_name),
+      qwen_expansion_percentage = coalesce(g.expansion, j.qwen_expansion_percentage)
+  FROM moved m JOIN given g USING (job_id)
+  WHERE j.id = m.job_id
+  RETURNING j.id, j.user_id, m.attempt, m.queue, g.kind, g.error_code, g.error_message, g.delay_seconds, j.stage
+), noted AS (
+  INSERT INTO job_events (job_id, user_id, attempt, kind, data)
+  SELECT id, user_id, attempt, kind, jsonb_strip_nulls(jsonb_build_object(
+    'queue', queue, 'stage', stage, 'error_code', error_code, 'error_message', error_message, 'delay_seconds', delay_seconds))
+  FROM waiting
+)
+SELECT id AS job_id, queue FROM waiting;
+
+-- name: flag_cancel(job_id, reason)^
+-- Ask the replica that runs a job to stop it. No row: the job is not running.
+WITH flagged AS (
+  UPDATE job_queue SET cancel = :reason WHERE job_id = :job_id AND state = 'running' AND cancel IS NULL
+  RETURNING job_id, user_id, attempt, queue
+), noted AS (
+  INSERT INTO job_events (job_id, user_id, attempt, kind, data)
+  SELECT job_id, user_id, attempt, 'cancelling', jsonb_build_object('reason', :reason::text) FROM flagged
+)
+SELECT job_id, queue FROM flagged;
+
+-- name: queue_row(job_id)^
+-- The queue row of a job, locked against everyone else until the transaction ends.
+SELECT job_id, state, cancel FROM job_queue WHERE job_id = :job_id FOR UPDATE;
+
+-- name: expired(page_size)
+-- Running jobs whose lease has run out. Reading does not change them: settle and requeue check again.
+SELECT job_id, attempt, failures, max_attempts, cancel, queue, worker FROM job_queue
+WHERE state = 'running' AND lease_until < clock_timestamp()
+ORDER BY lease_until LIMIT :page_size::int;
+
+-- name: promote(page_size)
+-- Delayed jobs whose time has come.
+WITH due AS MATERIALIZED (
+  SELECT job_id FROM job_queue WHERE state = 'scheduled' AND run_at <= now()
+  ORDER BY run_at LIMIT :page_size::int FOR UPDATE SKIP LOCKED
+)
+UPDATE job_queue q SET state = 'ready' FROM due WHERE q.job_id = due.job_id RETURNING q.job_id, q.queue;
+
+-- name: overdue(page_size)
+-- Open jobs past a deadline: the start deadline while they wait, the total one always.
+SELECT job_id, state, attempt,
+       CASE WHEN deadline <= now() THEN 'deadline_exceeded' ELSE 'start_deadline_exceeded' END AS error_code
+FROM job_queue
+WHERE (deadline <= now() AND cancel IS NULL) OR (start_deadline <= now() AND state <> 'running' AND attempt = 0)
+LIMIT :page_size::int;
+
+-- name: stopped_waiting(page_size)
+-- Jobs asked to stop while they ran, which came back to the queue before they could.
+SELECT job_id, cancel FROM job_queue WHERE cancel IS NOT NULL AND state <> 'running' LIMIT :page_size::int;
+
+-- name: depth()
+-- What is open, per queue and state: how many, since when, how many predicted seconds.
+SELECT queue, state::text, count(*) AS jobs, min(enqueued_at) AS oldest, sum(cost)::float8 AS cost_seconds
+FROM job_queue GROUP BY queue, state;
+
+-- name: work(queue)^
+-- The load that autoscaling looks at.
+SELECT count(*) FILTER (WHERE state = 'ready') AS ready, count(*) FILTER (WHERE state = 'running') AS running,
+       coalesce(sum(cost) FILTER (WHERE state = 'ready'), 0)::float8 AS ready_seconds
+FROM job_queue WHERE queue = :queue;
+
+-- name: pause(queue, paused)!
+-- Stop or resume the claims of a queue; running jobs go on.
+INSERT INTO queues (name, paused) VALUES (:queue, :paused)
+ON CONFLICT (name) DO UPDATE SET paused = excluded.paused, updated_at = now();
+
+-- name: prune_idempotency_keys()!
+DELETE FROM idempotency_keys WHERE expires_at < now();
+
+-- name: enter_worker(id, queue, model_name, device, node, pid, state, slots, load_ms, error)!
+-- A replica says what it is and how it is.
+INSERT INTO workers (id, queue, model_name, device, node, pid, state, slots, load_ms, error)
+VALUES (:id, :queue, :model_name, :device, :node, :pid, :state, :slots, :load_ms, :error)
+ON CONFLICT (id) DO UPDATE SET state = excluded.state, model_name = excluded.model_name, device = excluded.device,
+  load_ms = excluded.load_ms, error = excluded.error, seen_at = now();
+
+-- name: see_worker(id, running)!
+UPDATE workers SET seen_at = now(), running = :running WHERE id = :id;
+
+-- name: list_workers(within_seconds)
+SELECT id, queue, model_name, device, node, pid, state, slots, running, load_ms, error, started_at, seen_at FROM workers
+WHERE seen_at > now() - make_interval(secs => :within_seconds::float8) ORDER BY queue, started_at;
+
+-- name: prune_workers()!
+DELETE FROM workers WHERE seen_at < now() - interval '1 day';

@@ -1,0 +1,246 @@
+"""Moving jobs: claim, renew, settle, requeue, cancel. Every move is one statement with its guard.
+
+Whoever runs a job writes under `(job_id, attempt)`; a write that finds no running row under that pair changes
+nothing and says so, which is how a replica learns that it lost its lease.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Self
+from uuid import UUID
+
+import asyncpg
+
+from db.jobs import Status
+from db.pool import Connection, queries
+
+LEASE_SECONDS = 30.0
+RENEW_SECONDS = 5.0
+
+
+class CancelReason(StrEnum):
+    """Why a running job is to stop: somebody asked, or its deadline passed."""
+
+    USER = "user"
+    DEADLINE = "deadline"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A job in a replica's hands. `attempt` is the fencing token of everything the replica will write."""
+
+    job: Mapping[str, Any]
+    attempt: int
+    failures: int
+    max_attempts: int
+
+    @property
+    def job_id(self) -> UUID:
+        """The job's id."""
+        return UUID(self.job["id"])
+
+    @classmethod
+    def from_row(cls, row: asyncpg.Record) -> Self:
+        """The claim from a row of the `claim` statement."""
+        return cls(row["job"], row["attempt"], row["failures"], row["max_attempts"])
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """What a replica says of one running job when it renews its lease."""
+
+    job_id: UUID
+    attempt: int
+    phase: str
+    step: int | None = None
+    steps: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewAsset:
+    """A stored file that the finishing transaction makes known. Sizes are in pixels and bytes, as decoded."""
+
+    id: UUID
+    asset_index: int
+    asset_type: str
+    key: str
+    thumbnail_key: str | None
+    mime_type: str
+    file_size_bytes: int
+    width: int
+    height: int
+    frames: int | None
+    fps: float | None
+    duration_seconds: float | None
+    seed: int | None
+    model_used: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settlement:
+    """The end of a job. With `attempt` it ends a running job under that attempt only; without, a waiting one."""
+
+    job_id: UUID
+    status: Status
+    attempt: int | None = None
+    expired: bool = False  # only if the lease has run out
+    counts: bool = False  # a failure against max_attempts
+    error_code: str | None = None
+    error_message: str | None = None
+    retryable: bool | None = None
+    settings: Mapping[str, Any] | None = None
+    generation_time_ms: int | None = None
+    worker: UUID | None = None
+    assets: Sequence[NewAsset] = ()
+    callback_assets: Sequence[Mapping[str, Any]] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A job that ended now, and whether somebody is to be called about it."""
+
+    job_id: UUID
+    status: Status
+    calls_back: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requeue:
+    """A running job that goes back to a queue: `kind` is the event that says why."""
+
+    job_id: UUID
+    attempt: int
+    kind: str = "requeued"
+    expired: bool = False
+    counts: bool = False
+    delay_seconds: float = 0.0
+    error_code: str | None = None
+    error_message: str | None = None
+    queue: str | None = None  # None: the one it came from
+    cost: float | None = None
+    stage: str | None = None
+    enhanced_prompt: str | None = None
+    enhancement: Mapping[str, Any] | None = None
+    enhancement_strategy: str | None = None
+    enhancement_time_ms: int | None = None
+    template_name: str | None = None
+    expansion: float | None = None
+
+
+@dataclass(frozen=True)
+class Expired:
+    """A running job whose replica has not renewed its lease in time."""
+
+    job_id: UUID
+    attempt: int
+    failures: int
+    max_attempts: int
+    cancel: str | None
+    queue: str
+    worker: UUID
+
+
+@dataclass(frozen=True)
+class Overdue:
+    """An open job past a deadline."""
+
+    job_id: UUID
+    state: str
+    attempt: int
+    error_code: str
+
+
+@dataclass(frozen=True)
+class Depth:
+    """What is open in one queue and state. `cost_seconds` is the predicted work."""
+
+    queue: str
+    state: str
+    jobs: int
+    oldest: datetime
+    cost_seconds: float
+
+
+class Queue:
+    """The moves, over a pool that acts as the owner or as the replicas' role."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+        self._sql = queries("queue")
+
+    async def claim(self, queue: str, worker: UUID, slots: int, lease_seconds: float = LEASE_SECONDS) -> list[Claim]:
+        """Take up to `slots` waiting jobs of a queue, in its order. Never ask for more than are free."""
+        rows = self._sql.claim(self._pool, queue=queue, slots=slots, worker=worker, lease_seconds=lease_seconds)
+        return [Claim.from_row(row) async for row in rows]
+
+    async def renew(
+        self, worker: UUID, renewals: Sequence[Renewal], lease_seconds: float = LEASE_SECONDS
+    ) -> dict[UUID, str | None]:
+        """Renew leases; the answer maps the jobs still held to their cancel reason. A missing job was lost."""
+        rows = self._sql.renew(
+            self._pool,
+            job_ids=[r.job_id for r in renewals],
+            attempts=[r.attempt for r in renewals],
+            phases=[r.phase for r in renewals],
+            steps=[r.step for r in renewals],
+            totals=[r.steps for r in renewals],
+            worker=worker,
+            lease_seconds=lease_seconds,
+        )
+        return {row["job_id"]: row["cancel"] async for row in rows}
+
+    async def settle(self, settlements: Sequence[Settlement], connection: Connection | None = None) -> list[Settled]:
+        """End jobs, each in full or not at all: state, assets, event and callback in one statement."""
+        rows = self._sql.settle(connection or self._pool, rows=[asdict(s) for s in settlements])
+        return [Settled(r["job_id"], Status(r["status"]), r["calls_back"]) async for r in rows]
+
+    async def requeue(self, requeues: Sequence[Requeue]) -> dict[UUID, str]:
+        """Put running jobs back; the answer maps those that moved to their queue."""
+        rows = self._sql.requeue(self._pool, rows=[asdict(r) for r in requeues])
+        return {row["job_id"]: row["queue"] async for row in rows}
+
+    async def cancel(self, job_id: UUID) -> str:
+        """Stop a job: `cancelled` when it was waiting, `cancelling` when a replica will stop at its next step,
+        `ended` when it had ended already. Repeating it changes nothing."""
+        async with self._pool.acquire() as connection, connection.transaction():
+            row = await self._sql.queue_row(connection, job_id=job_id)
+            if row is None:
+                return "ended"
+            if row["state"] == "running":
+                await self._sql.flag_cancel(connection, job_id=job_id, reason=CancelReason.USER)
+                return "cancelling"
+            await self.settle([Settlement(job_id=job_id, status=Status.CANCELLED)], connection)
+            return "cancelled"
+
+    async def flag_deadline(self, job_id: UUID) -> bool:
+        """Ask the replica that runs a job to stop it, because its deadline has passed."""
+        return await self._sql.flag_cancel(self._pool, job_id=job_id, reason=CancelReason.DEADLINE) is not None
+
+    async def expired(self, page_size: int = 100) -> list[Expired]:
+        """Running jobs whose lease has run out."""
+        return [Expired(**dict(r)) async for r in self._sql.expired(self._pool, page_size=page_size)]
+
+    async def promote(self, page_size: int = 1000) -> set[str]:
+        """Make delayed jobs whose time has come claimable; the answer names their queues."""
+        return {row["queue"] async for row in self._sql.promote(self._pool, page_size=page_size)}
+
+    async def overdue(self, page_size: int = 100) -> list[Overdue]:
+        """Open jobs past a deadline."""
+        return [Overdue(**dict(r)) async for r in self._sql.overdue(self._pool, page_size=page_size)]
+
+    async def stopped_waiting(self, page_size: int = 100) -> list[tuple[UUID, CancelReason]]:
+        """Waiting jobs that were asked to stop while they still ran."""
+        rows = self._sql.stopped_waiting(self._pool, page_size=page_size)
+        return [(row["job_id"], CancelReason(row["cancel"])) async for row in rows]
+
+    async def depth(self) -> list[Depth]:
+        """What is open, per queue and state."""
+        return [Depth(**dict(row)) async for row in self._sql.depth(self._pool)]
+
+    async def pause(self, queue: str, paused: bool) -> None:
+        """Stop or resume the claims of a queue; running jobs go on."""
+        await self._sql.pause(self._pool, queue=queue, paused=paused)

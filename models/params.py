@@ -1,0 +1,339 @@
+"""The canonical request: what a caller gave, and the complete parameters that a job runs with.
+
+`GivenParams` holds what the caller said and nothing else; `resolve_params` fills in the defaults of the
+job type's family and checks the whole. A parameter is honoured or refused: one that the family can't honour
+is an error that names it, and a value that had to be changed is reported as an `Adjustment`.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+
+from models.catalog import (
+    FAMILIES,
+    MAX_FPS,
+    MAX_GUIDANCE,
+    MAX_SHIFT,
+    MAX_STEPS,
+    FamilyDefaults,
+    Format,
+    JobType,
+    RequestRefused,
+)
+
+MAX_PROMPT_CHARACTERS = 4000
+MAX_SEED = 2**63 - 1
+MIN_STRENGTH = 0.1
+MAX_STRENGTH = 1.0
+
+ContentMode = Literal["sfw", "nsfw"]
+ReferenceKind = Literal["style", "composition", "character"]
+
+
+@dataclass(frozen=True)
+class FieldError:
+    """One thing wrong with one field. `code`: missing, type, unknown, range, choice, length, characters,
+    unsupported or conflict. The message never repeats the value of a text field."""
+
+    field: str
+    message: str
+    code: str
+
+
+class InvalidParams(RequestRefused):
+    """At least one parameter is wrong; `errors` names each of them."""
+
+    def __init__(self, errors: list[FieldError]) -> None:
+        super().__init__("invalid_params", "; ".join(f"{error.field}: {error.message}" for error in errors))
+        self.errors = tuple(errors)
+
+
+class Reference(BaseModel):
+    """A stored image that the generation starts from.
+
+    `strength` is how much of it is kept: the share of noise put on it is 1 - strength. `kind` is what the
+    caller wants kept; it is recorded, and every kind runs as image-to-image.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    bucket: str = Field(min_length=1, max_length=100)
+    key: str = Field(min_length=1, max_length=1024)
+    strength: float = Field(default=0.5, ge=MIN_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)
+    kind: ReferenceKind | None = None
+
+
+class GivenParams(BaseModel):
+    """What the caller gave, by canonical name; None means "not said". Making one raises `InvalidParams`.
+
+    Types are strict (no numbers in strings, no booleans as numbers); ranges are `resolve_params`' business.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    seed: int | None = None
+    num_images: int | None = None
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    fps: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    scheduler: str | None = None
+    shift: float | None = None
+    reference: Reference | None = None
+    compel_enabled: bool | None = None
+    content_mode: ContentMode | None = None
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _say_invalid_params(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise InvalidParams([_field_error(dict(detail)) for detail in error.errors()]) from None
+
+
+class GenerationParams(BaseModel):
+    """Everything a pipeline needs to know, complete and checked; what a job's row keeps.
+
+    Sizes in pixels, `frames` 1 for images, `fps` None for images, `shift` None where the family has none.
+    `seed` None is drawn by whoever accepts the job. Image i of several uses seed + i.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str = Field(max_length=MAX_PROMPT_CHARACTERS)
+    negative_prompt: str = Field(default="", max_length=MAX_PROMPT_CHARACTERS)
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    num_images: int = Field(ge=1)
+    width: int = Field(ge=16)
+    height: int = Field(ge=16)
+    frames: int = Field(ge=1)
+    fps: int | None = Field(default=None, ge=1, le=MAX_FPS)
+    steps: int = Field(ge=1, le=MAX_STEPS)
+    guidance_scale: float = Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
+    scheduler: str
+    shift: float | None = Field(default=None, gt=0, le=MAX_SHIFT, allow_inf_nan=False)
+    reference: Reference | None = None
+    compel_enabled: bool = False
+    content_mode: ContentMode = "sfw"
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """A value that could not be used as given; `reason` says why `used` took its place."""
+
+    field: str
+    given: int | float
+    used: int | float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Complete parameters, and every given value that was changed on the way."""
+
+    params: GenerationParams
+    adjustments: tuple[Adjustment, ...] = ()
+
+
+def resolve_params(job_type: JobType, given: GivenParams, defaults: FamilyDefaults) -> Resolved:
+    """Fills defaults, checks every range and returns what will be run.
+
+    Raises `InvalidParams` with all errors found. Video lengths go to the nearest 4n+1 (a tie goes down, so
+    83 gives 81), before the range is checked; that is the only value that is changed, but for the steps
+    of a reference so strong that no step would be left to run.
+    """
+    return _Resolution(job_type, given, defaults).run()
+
+
+def nearest_length(frames: int) -> int:
+    """The nearest 4n+1 number of frames; ties go down."""
+    below = (frames - 1) // 4 * 4 + 1
+    return below if frames - below <= 2 else below + 4
+
+
+class _Resolution:
+    """One pass over the fields, collecting errors and adjustments."""
+
+    def __init__(self, job_type: JobType, given: GivenParams, defaults: FamilyDefaults) -> None:
+        self.job_type = job_type
+        self.given = given
+        self.defaults = defaults
+        self.errors: list[FieldError] = []
+        self.adjustments: list[Adjustment] = []
+
+    def run(self) -> Resolved:
+        given, defaults, quality = self.given, self.defaults, self.job_type.quality
+        width, height = self._size()
+        frames, fps = self._length()
+        steps = self._ranged("steps", given.steps, defaults.steps.of(quality), 1, MAX_STEPS)
+        guidance = self._ranged(
+            "guidance_scale", given.guidance_scale, defaults.guidance.of(quality), 0, MAX_GUIDANCE
+        )
+        fields = {
+            "prompt": self._prompt(),
+            "negative_prompt": self._negative_prompt(guidance),
+            "seed": None if given.seed is None else self._ranged("seed", given.seed, 0, 0, MAX_SEED),
+            "num_images": self._num_images(),
+            "width": width,
+            "height": height,
+            "frames": frames,
+            "fps": fps,
+            "steps": self._steps_with_reference(int(steps)),
+            "guidance_scale": float(guidance),
+            "scheduler": self._scheduler(),
+            "shift": self._shift(),
+            "reference": given.reference,
+            "compel_enabled": self._compel(),
+            "content_mode": given.content_mode or "sfw",
+        }
+        if self.errors:
+            raise InvalidParams(self.errors)
+        return Resolved(GenerationParams.model_validate(fields), tuple(self.adjustments))
+
+    def _error(self, field: str, code: str, message: str) -> None:
+        self.errors.append(FieldError(field, message, code))
+
+    def _ranged(
+        self, field: str, value: int | float | None, default: int | float, low: float, high: float
+    ) -> int | float:
+        if value is None:
+            return default
+        # Written so that NaN fails as well.
+        if not low <= value <= high:
+            self._error(field, "range", f"must be between {low:g} and {high}")
+            return default
+        return value
+
+    def _text(self, field: str, text: str) -> str:
+        cleaned = " ".join(text.split())
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in cleaned):
+            self._error(field, "characters", "contains control characters")
+        elif len(cleaned) > MAX_PROMPT_CHARACTERS:
+            self._error(field, "length", f"may have at most {MAX_PROMPT_CHARACTERS} characters")
+        else:
+            return cleaned
+        return ""
+
+    def _prompt(self) -> str:
+        errors_before = len(self.errors)
+        prompt = self._text("prompt", self.given.prompt or "")
+        # A generation from a reference may go without words (an exact copy has none).
+        if not prompt and len(self.errors) == errors_before and self.given.reference is None:
+            self._error("prompt", "missing", "is required")
+        return prompt
+
+    def _negative_prompt(self, guidance: float) -> str:
+        negative = self._text("negative_prompt", self.given.negative_prompt or "")
+        # The pipelines leave out the negative branch at or below 1.
+        if negative and guidance <= 1:
+            self._error("negative_prompt", "conflict", "has no effect unless guidance_scale is above 1")
+        return negative
+
+    def _num_images(self) -> int:
+        counts = self.defaults.image_counts
+        count = self.given.num_images
+        if count is None:
+            return 1
+        if count not in counts:
+            allowed = " or ".join(map(str, counts))
+            self._error("num_images", "choice", f"must be {allowed} for {self.job_type.name}")
+        return count
+
+    def _size(self) -> tuple[int, int]:
+        given, sizes = self.given, self.defaults.sizes
+        width, height = given.width, given.height
+        if width is None and height is None:
+            return self.defaults.size
+        if width is None or height is None:
+            self._error("width" if width is None else "height", "missing", "width and height go together")
+            return self.defaults.size
+        if (width, height) not in sizes:
+            allowed = ", ".join(f"{w}x{h}" for w, h in sizes)
+            self._error("width", "choice", f"width x height must be one of {allowed}")
+        return (width, height)
+
+    def _length(self) -> tuple[int, int | None]:
+        given, defaults = self.given, self.defaults
+        if self.job_type.format is Format.IMAGE:
+            if given.frames not in (None, 1):
+                self._error("frames", "unsupported", f"{self.job_type.name} makes images of one frame")
+            if given.fps is not None:
+                self._error(
+                    "fps", "unsupported", f"{self.job_type.name} makes images, which have no frame rate"
+                )
+            return 1, None
+        if defaults.frames is None or defaults.frames_min is None or defaults.frames_max is None:
+            self._error("frames", "unsupported", "this installation's model makes no video")
+            return 1, None
+        fps = int(self._ranged("fps", given.fps, defaults.fps or 1, 1, MAX_FPS))
+        if given.frames is None:
+            return defaults.frames, fps
+        frames = nearest_length(given.frames)
+        if not defaults.frames_min <= frames <= defaults.frames_max:
+            self._error("frames", "range", f"must be {defaults.frames_min} to {defaults.frames_max} (4n+1)")
+        elif frames != given.frames:
+            reason = "video lengths are 4n+1; the nearest one is used"
+            self.adjustments.append(Adjustment("frames", given.frames, frames, reason))
+        return frames, fps
+
+    def _steps_with_reference(self, steps: int) -> int:
+        reference = self.given.reference
+        if reference is None:
+            return steps
+        if not FAMILIES[self.job_type.family].takes_reference:
+            self._error("reference", "unsupported", f"{self.job_type.name} can't start from an image")
+            return steps
+        # diffusers runs int(steps * noise) steps of an image-to-image generation and refuses to run none.
+        noise = 1 - reference.strength
+        needed = next((n for n in range(steps, MAX_STEPS + 1) if int(n * noise) >= 1), None)
+        if needed is None:
+            self._error("reference.strength", "range", "leaves nothing to generate; 0.99 is the most")
+            return steps
+        if needed != steps:
+            reason = "the fewest steps of which one is left to run at this reference strength"
+            self.adjustments.append(Adjustment("steps", steps, needed, reason))
+        return needed
+
+    def _scheduler(self) -> str:
+        scheduler = self.given.scheduler
+        if scheduler is None:
+            return self.defaults.scheduler
+        if scheduler not in self.defaults.schedulers:
+            allowed = ", ".join(self.defaults.schedulers)
+            self._error("scheduler", "choice", f"must be one of {allowed}")
+        return scheduler
+
+    def _shift(self) -> float | None:
+        if self.defaults.shift is None:
+            if self.given.shift is not None:
+                self._error("shift", "unsupported", f"{self.job_type.name} has no timestep shift")
+            return None
+        return float(self._ranged("shift", self.given.shift, self.defaults.shift, 0.1, MAX_SHIFT))
+
+    def _compel(self) -> bool:
+        wanted = bool(self.given.compel_enabled)
+        if wanted and not FAMILIES[self.job_type.family].takes_compel:
+            self._error("compel_enabled", "unsupported", f"{self.job_type.name} knows no prompt weights")
+        return wanted
+
+
+def _field_error(detail: dict[str, Any]) -> FieldError:
+    """A pydantic error detail as ours; its message is kept, its input is not."""
+    field = ".".join(str(part) for part in detail["loc"]) or "body"
+    kind: str = detail["type"]
+    if kind == "extra_forbidden":
+        return FieldError(field, "is not a parameter", "unknown")
+    message: str = detail["msg"]
+    code = {"missing": "missing", "literal_error": "choice", "string_too_short": "length"}.get(kind)
+    if code is None:
+        code = "range" if kind in ("greater_than_equal", "less_than_equal", "finite_number") else "type"
+    return FieldError(field, message, code)

@@ -1,0 +1,258 @@
+"""Profiles: which models an installation serves, from where, on which hardware, and what they need.
+
+A profile is a YAML file, by name from `configs/profiles/` or by path. Reading one loads no weights, and
+`fits` and `weights_present` answer from figures and files alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from models.catalog import FamilyDefaults, default_for
+from models.catalog import Family as Family
+
+TINY = "tiny"
+_MEDIA_FAMILIES = (Family.SDXL, Family.WAN, Family.RV51)
+
+
+class ModelSpec(BaseModel):
+    """One model of a profile: its weights, how they are held and run, and the room they take.
+
+    `source` is a Hugging Face repository, a local path, or "tiny" (random weights built on the spot). A
+    `single_file` is one checkpoint file inside the source. `vae` names a repository whose VAE replaces the
+    checkpoint's. `memory_gib` is the peak on the device (0 where it runs on the CPU), `disk_gib` the
+    download. `offload` "model" keeps on the device only the part that runs. `attention` is the kernel tried
+    first. `num_gpus` is the share of one card that the scheduler reserves.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    family: Family
+    model_name: str
+    source: str
+    revision: str | None = None
+    single_file: str | None = None
+    variant: str | None = None
+    vae: str | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    offload: Literal["none", "model"] = "none"
+    attention: Literal["default", "cudnn", "flash", "efficient"] = "default"
+    vae_slicing: bool = False
+    defaults: FamilyDefaults | None = None
+    memory_gib: float = Field(ge=0)
+    disk_gib: float = Field(ge=0)
+    num_gpus: float = Field(default=0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _hangs_together(self) -> Self:
+        if (self.defaults is None) is (self.family in _MEDIA_FAMILIES):
+            raise ValueError(f"{self.family}: media families have defaults, the language model has none")
+        if self.device == "cpu" and (self.num_gpus or self.offload != "none" or self.dtype == "float16"):
+            raise ValueError(f"{self.family}: on the CPU there is no GPU share, no offload and no float16")
+        if self.device == "cuda" and not (self.num_gpus and self.memory_gib):
+            raise ValueError(f"{self.family}: a model on a card states num_gpus and memory_gib")
+        if self.source == TINY and (self.single_file or self.vae or self.variant or self.revision):
+            raise ValueError(f"{self.family}: tiny weights have no revision, variant, single_file or vae")
+        return self
+
+
+class Profile(BaseModel):
+    """What one installation serves. `laptop` relaxes what only a public installation needs (secrets, TLS)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    description: str
+    laptop: bool = False
+    nsfw_allowed: bool = False
+    models: Mapping[Family, ModelSpec] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_models(cls, raw: Any) -> Any:
+        """Each entry learns its family from its key, and its `defaults` are changes to the specification's."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("models"), dict):
+            return raw
+        models: dict[Any, Any] = {}
+        for name, entry in raw["models"].items():
+            if isinstance(entry, dict):
+                entry = {**entry, "family": name}
+                if name in _MEDIA_FAMILIES:
+                    entry["defaults"] = default_for(Family(name)).with_overrides(entry.get("defaults") or {})
+            models[name] = entry
+        return {**raw, "models": models}
+
+
+def profile_names() -> list[str]:
+    """The names of the profiles that come with the project."""
+    folder = files("configs") / "profiles"
+    return sorted(
+        item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")
+    )
+
+
+def load_profile(name_or_path: str | Path) -> Profile:
+    """The profile of that name, or the one in that file (anything with a path separator or a .yaml ending).
+
+    Raises `FileNotFoundError` naming the known profiles, and `ValueError` for a file that is no profile.
+    """
+    text = str(name_or_path)
+    if text.endswith((".yaml", ".yml")) or "/" in text:
+        content = Path(text).expanduser().read_text(encoding="utf-8")
+    elif text in profile_names():
+        content = (files("configs") / "profiles" / f"{text}.yaml").read_text(encoding="utf-8")
+    else:
+        raise FileNotFoundError(f"no profile {text!r}; known: {', '.join(profile_names())}, or give a path")
+    raw = yaml.safe_load(content)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{text}: a profile is a mapping")
+    return Profile.model_validate(raw)
+
+
+def resolve_weights(spec: ModelSpec, state_folder: Path) -> Path | str:
+    """What a model class takes as `weights`: a local folder or file, or the name of a repository.
+
+    Builds the tiny checkpoint under `state_folder` if that is what the spec asks for; downloads nothing.
+    """
+    if spec.source == TINY:
+        from models.tiny import ensure_tiny
+
+        return ensure_tiny(spec.family.value, state_folder)
+    local = _local_path(spec)
+    return spec.source if local is None else local
+
+
+def weights_present(spec: ModelSpec) -> str | None:
+    """Where the weights lie on this machine, or None if they would have to be downloaded. Uses no network.
+
+    "tiny" for weights that are built on the spot. A download that broke off counts as absent.
+    """
+    if spec.source == TINY:
+        return TINY
+    if spec.vae is not None and _present(spec.vae, None, None, None) is None:
+        return None
+    return _present(spec.source, spec.revision, spec.variant, spec.single_file)
+
+
+def _present(source: str, revision: str | None, variant: str | None, single_file: str | None) -> str | None:
+    local = Path(source).expanduser()
+    if single_file is not None:
+        if (local / single_file).is_file():
+            return str(local / single_file)
+        return _cached(source, single_file, revision)
+    if local.is_file():
+        return str(local)
+    if local.is_dir():
+        return str(local) if _complete(local, variant) else None
+    for index in ("model_index.json", "config.json"):
+        found = _cached(source, index, revision)
+        if found is not None and _complete(Path(found).parent, variant):
+            return str(Path(found).parent)
+    return None
+
+
+def _local_path(spec: ModelSpec) -> Path | None:
+    path = Path(spec.source).expanduser()
+    return path if path.exists() else None
+
+
+def _cached(repository: str, filename: str, revision: str | None) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(repository, filename, revision=revision)
+    except HFValidationError:  # a path that does not exist here, such as ~/models/x
+        return None
+    return found if isinstance(found, str) and Path(found).exists() else None
+
+
+# Parts of a pipeline that are configuration only.
+_WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "ImageProcessor", "FeatureExtractor")
+
+
+def _complete(folder: Path, variant: str | None) -> bool:
+    """Whether every part that has weights has them, shards included."""
+    index = folder / "model_index.json"
+    parts = [folder]
+    if index.is_file():
+        entries = json.loads(index.read_text(encoding="utf-8"))
+        parts = [
+            folder / name
+            for name, entry in entries.items()
+            if isinstance(entry, list) and entry[1] is not None and not str(entry[1]).endswith(_WITHOUT_WEIGHTS)
+        ]
+    return all(_has_weights(part, variant) for part in parts)
+
+
+def _has_weights(part: Path, variant: str | None) -> bool:
+    infix = f".{variant}" if variant else ""
+    for shards in part.glob(f"*.safetensors.index{infix}.json"):
+        names = set(json.loads(shards.read_text(encoding="utf-8"))["weight_map"].values())
+        return all((part / name).exists() for name in names)
+    return any((part / f"{stem}{infix}.safetensors").exists() for stem in ("diffusion_pytorch_model", "model"))
+
+
+@dataclass(frozen=True)
+class Card:
+    """One accelerator of this machine."""
+
+    name: str
+    total_gib: float
+    free_gib: float
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """Whether one model has room: `place` is the card's index, or None for the CPU or no place; `reason` says why."""
+
+    family: Family
+    model_name: str
+    fits: bool
+    place: int | None
+    needed_gib: float
+    reason: str
+
+
+def fits(profile: Profile, cards: Iterable[Card]) -> list[FitReport]:
+    """Places the profile's models on the cards, largest first, each on the first card with room for it.
+
+    Room is free memory, and the card's share (`num_gpus` sums to at most 1 a card). Pure arithmetic on the
+    profile's figures; nothing is loaded or asked. One report per model, in the profile's order.
+    """
+    free = [(card.free_gib, 1.0) for card in cards]
+    reports: dict[Family, FitReport] = {}
+    for spec in sorted(profile.models.values(), key=lambda spec: spec.memory_gib, reverse=True):
+        if spec.device == "cpu" or (spec.device == "auto" and not free):
+            reports[spec.family] = FitReport(spec.family, spec.model_name, True, None, 0.0, "runs on the CPU")
+            continue
+        place = next(
+            (
+                number
+                for number, (gib, share) in enumerate(free)
+                if gib >= spec.memory_gib and share + 1e-9 >= spec.num_gpus
+            ),
+            None,
+        )
+        if place is None:
+            gib, share = max(free, default=(0.0, 0.0))
+            reason = f"needs {spec.memory_gib:g} GiB and {spec.num_gpus:g} of a card; " + (
+                f"the most that is left is {gib:.1f} GiB and {share:g}" if free else "there is no card"
+            )
+        else:
+            gib, share = free[place]
+            free[place] = (gib - spec.memory_gib, share - spec.num_gpus)
+            reason = f"card {place}, {free[place][0]:.1f} GiB left"
+        reports[spec.family] = FitReport(
+            spec.family, spec.model_name, place is not None, place, spec.memory_gib, reason
+        )
+    return [reports[family] for family in profile.models]
