@@ -105,6 +105,15 @@ class Access:
         """Whether anybody can administer this system yet."""
         return bool(await self._sql.count_admins(self._pool))
 
+    async def callback_secret(self, user_id: UUID) -> tuple[int, bool]:
+        """The version of a user's callback secret, and whether the one before still signs beside it."""
+        row = await self._sql.callback_secret(self._pool, user_id=user_id)
+        return row["version"], bool(row["rotating"])
+
+    async def rotate_callback_secret(self, user_id: UUID) -> None:
+        """Move a user on to the next version of the callback secret."""
+        await self._sql.rotate_callback_secret(self._pool, user_id=user_id)
+
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()

@@ -194,10 +194,18 @@ class Jobs:
                 )
         return Accepted(made[0], replayed=False)
 
+    async def accepted_before(self, user_id: UUID, key: str, body: bytes) -> UUID | None:
+        """The job that an earlier request with this key made. Raises `IdempotencyConflict` for another body."""
+        return self._same_body(await self._sql.find_idempotency_key(self._pool, user_id=user_id, key=key), key, body)
+
     async def _earlier(self, connection: Connection, user_id: UUID, key: str, body: bytes) -> UUID | None:
         if not await self._sql.lock_idempotency_key(connection, user_id=user_id, key=key):
             raise IdempotencyInFlight(key)
         row = await self._sql.find_idempotency_key(connection, user_id=user_id, key=key)
+        return self._same_body(row, key, body)
+
+    @staticmethod
+    def _same_body(row: asyncpg.Record | None, key: str, body: bytes) -> UUID | None:
         if row is None:
             return None
         if row["body_hash"] != hashlib.sha256(body).digest():
@@ -209,6 +217,16 @@ class Jobs:
         """One job, or None when there is none that the connection may see."""
         row = await self._sql.read(connection, job_id=job_id)
         return None if row is None else JobRecord.from_row(row)
+
+    async def read_bare(self, job_id: UUID) -> Mapping[str, Any] | None:
+        """`status`, `attempts`, `worker` and `stage` of a job."""
+        row = await self._sql.read_bare(self._pool, job_id=job_id)
+        return None if row is None else dict(row)
+
+    async def provider(self, job_id: UUID) -> str | None:
+        """Who runs a job: `local` for our replicas. None when there is no such job."""
+        value: str | None = await self._sql.provider(self._pool, job_id=job_id)
+        return value
 
     async def list_page(
         self,

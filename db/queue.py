@@ -244,3 +244,10 @@ class Queue:
     async def pause(self, queue: str, paused: bool) -> None:
         """Stop or resume the claims of a queue; running jobs go on."""
         await self._sql.pause(self._pool, queue=queue, paused=paused)
+
+    async def prune(self, days: int) -> None:
+        """Delete what nobody asks for any more: events and delivery logs of ended jobs, old keys and workers."""
+        await self._sql.prune_events(self._pool, days=days)
+        await self._sql.prune_attempts(self._pool, days=days)
+        await self._sql.prune_idempotency_keys(self._pool)
+        await self._sql.prune_workers(self._pool)

@@ -114,9 +114,7 @@ class EgressPolicy:
         allowed = AllowedHost(host, port, parsed.scheme) in self.allow
         if not allowed:
             self._refuse(parsed.scheme, host, port)
-        wire = httpcore2.URL(
-            scheme=parsed.raw_scheme, host=parsed.raw_host, port=parsed.port, target=parsed.raw_path
-        )
+        wire = httpcore2.URL(scheme=parsed.raw_scheme, host=parsed.raw_host, port=parsed.port, target=parsed.raw_path)
         return Destination(wire, host, port, allowed)
 
     def _refuse(self, scheme: str, host: str, port: int) -> None:
@@ -127,9 +125,7 @@ class EgressPolicy:
         try:
             literal = literal_address(host)
         except ValueError:
-            raise EgressRefused(
-                "address_notation", "the URL's host is an address in a rare notation"
-            ) from None
+            raise EgressRefused("address_notation", "the URL's host is an address in a rare notation") from None
         if literal is None and (len(host) > MAX_HOST_LENGTH or not _HOST_NAME.fullmatch(host)):
             raise EgressRefused("host", "the URL's host is not a host name")
         if literal is not None and not is_public(literal):

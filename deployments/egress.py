@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import httpcore2
 import httpx2
@@ -47,6 +48,7 @@ Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 """Host and port to addresses as text; raises OSError where the name has none."""
 
 MAX_CONNECTION_TRIES = 4
+USER_AGENT = f"ourvidz-serve/{version('ourvidz-serve')}"
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,7 @@ class SystemResolver:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="resolve")
 
     async def __call__(self, host: str, port: int) -> Sequence[str]:
-        lookup = functools.partial(
-            socket.getaddrinfo, host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
-        )
+        lookup = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
         found = await asyncio.get_running_loop().run_in_executor(self._threads, lookup)
         return [str(sockaddr[0]) for *_, sockaddr in found]
 
@@ -104,14 +104,12 @@ class Egress:
         """
         await self._addresses(self._policy.destination(url))
 
-    async def fetch(
-        self, url: str, max_bytes: int, timeout_seconds: float, accept: tuple[str, ...]
-    ) -> Fetched:
+    async def fetch(self, url: str, max_bytes: int, timeout_seconds: float, accept: tuple[str, ...]) -> Fetched:
         """GET a body of at most `max_bytes` (decompressed) whose media type is in `accept`.
 
         Only 200 is success; the time-out holds for everything together. Raises EgressRefused, EgressFailed.
         """
-        headers = {"accept": ", ".join(accept), "accept-encoding": "identity"}
+        headers = {"accept": ", ".join(accept)}
         async with _limited(timeout_seconds), self._answer("GET", url, headers, None) as answer:
             status = answer.status_code
             if 300 <= status < 400:
@@ -140,8 +138,7 @@ class Egress:
         answer that breaks off has failed: a receiver is asked again rather than believed on half a reply.
         """
         started = time.perf_counter()
-        sent = {"accept-encoding": "identity", **headers}
-        async with _limited(timeout_seconds), self._answer("POST", url, sent, body) as answer:
+        async with _limited(timeout_seconds), self._answer("POST", url, headers, body) as answer:
             excerpt = await _read(answer, max_response_bytes)
         elapsed_ms = round((time.perf_counter() - started) * 1000)
         return Posted(answer.status_code, dict(answer.headers), _printable(excerpt), elapsed_ms)
@@ -157,9 +154,7 @@ class Egress:
             raise EgressFailed("unresolvable", "the URL's host has no address")
         for address in addresses:
             if is_never_allowed(address) or not (destination.allowed or is_public(address)):
-                raise EgressRefused(
-                    "private_address", "the URL's host leads to an address that is not public"
-                )
+                raise EgressRefused("private_address", "the URL's host leads to an address that is not public")
         return [str(address) for address in dict.fromkeys(addresses)]
 
     @contextlib.asynccontextmanager
@@ -171,15 +166,14 @@ class Egress:
         connection = httpcore2.AsyncHTTPConnection(
             destination.url.origin, ssl_context=self._tls, network_backend=pinned
         )
-        sent = list(headers.items())
+        # compression is not asked for: what comes anyway is read with bounds
+        sent = list({"user-agent": USER_AGENT, "accept-encoding": "identity", **headers}.items())
         with _faults():
             async with (
                 connection,
                 connection.stream(method, destination.url, headers=sent, content=body) as answer,
             ):
-                yield httpx2.Response(
-                    answer.status, headers=answer.headers, stream=_Body(answer.aiter_stream())
-                )
+                yield httpx2.Response(answer.status, headers=answer.headers, stream=_Body(answer.aiter_stream()))
 
 
 class _PinnedBackend(httpcore2.AsyncNetworkBackend):
@@ -245,9 +239,7 @@ def _faults() -> Iterator[None]:
         yield
     except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as fault:
         if isinstance(fault.__cause__, ssl.SSLError):
-            raise EgressFailed(
-                "tls", "the URL's host has no certificate that we trust for its name"
-            ) from None
+            raise EgressFailed("tls", "the URL's host has no certificate that we trust for its name") from None
         raise EgressFailed("unreachable", "no connection to the URL's host") from None
     except httpcore2.ProtocolError:
         raise EgressFailed("protocol", "the URL's host broke off or does not speak HTTP") from None

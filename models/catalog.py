@@ -37,6 +37,16 @@ class RequestRefused(Exception):
         self.code = code
         self.message = message
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Subclasses have constructors of their own, and refusals travel between processes.
+        return _as_it_was, (type(self), self.message, self.__dict__)
+
+
+def _as_it_was(kind: type[RequestRefused], message: str, fields: dict[str, Any]) -> RequestRefused:
+    refusal = kind.__new__(kind, message)
+    refusal.__dict__.update(fields)
+    return refusal
+
 
 class UnknownJobType(RequestRefused):
     """The job type is none of the catalog's."""

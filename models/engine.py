@@ -2,135 +2,61 @@
 
 Whoever submits gets a `Ticket`. The engine thread is the only one that touches the model; tickets may be used
 from any thread and awaited from asyncio. A failed generation fails its ticket and nothing else, unless it
-broke the device: then the engine says so in `broken`, fails what it holds and ends.
-
-What can go wrong, with the `code` that clients see::
-
-    GenerationError
-    ├── Cancelled           cancelled           the caller, or a closing engine, stopped it at a step boundary
-    ├── InvalidInput        invalid_input       this request can't be run by this model; trying again is useless
-    ├── OutOfMemory         oom                 the device had not enough memory; its caches were given back
-    ├── ModelLoadFailed     model_load_failed   weights missing or unreadable, or the model does not fit
-    ├── GenerationFailed    generation_failed   anything else that the pipeline raised
-    └── DeviceBroken        device_broken       the accelerator's context is lost; only a new process helps
+broke the device: then the engine says so in `broken`, fails what it holds and ends. The errors are those of
+`models.generation`, given out here as well.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import Any
 
 import structlog
 
-from models.params import GenerationParams
+from models.generation import (
+    Cancelled,
+    Control,
+    DeviceBroken,
+    Generation,
+    GenerationError,
+    GenerationFailed,
+    GenerationRequest,
+    InvalidInput,
+    Model,
+    ModelLoadFailed,
+    OutOfMemory,
+    Phase,
+    as_generation_error,
+    release_device_memory,
+)
 
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
+__all__ = [
+    "Cancelled",
+    "Control",
+    "DeviceBroken",
+    "Engine",
+    "Generation",
+    "GenerationError",
+    "GenerationFailed",
+    "GenerationRequest",
+    "InvalidInput",
+    "Model",
+    "ModelLoadFailed",
+    "OutOfMemory",
+    "Phase",
+    "Progress",
+    "Ticket",
+    "as_generation_error",
+    "release_device_memory",
+]
 
 log = structlog.get_logger()
-
-Phase = Literal["waiting", "encode", "denoise", "decode", "encode_media", "done"]
-
-
-class GenerationError(Exception):
-    """A generation ended without a result. `message` never holds a prompt; `retryable` says if it may work later."""
-
-    code: ClassVar[str]
-    retryable: ClassVar[bool]
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
-
-
-class Cancelled(GenerationError):
-    code = "cancelled"
-    retryable = False
-
-
-class InvalidInput(GenerationError):
-    code = "invalid_input"
-    retryable = False
-
-
-class OutOfMemory(GenerationError):
-    code = "oom"
-    retryable = True
-
-
-class ModelLoadFailed(GenerationError):
-    code = "model_load_failed"
-    retryable = True
-
-
-class GenerationFailed(GenerationError):
-    code = "generation_failed"
-    retryable = True
-
-
-class DeviceBroken(GenerationError):
-    code = "device_broken"
-    retryable = True
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """One job as the model sees it. `reference` holds the encoded bytes of `params.reference`, if there is one."""
-
-    job_id: str
-    params: GenerationParams
-    reference: bytes | None = None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What a model made: `images`, or `frames` of a video (F, H, W, 3; uint8) at `fps` frames a second.
-
-    `seeds` holds the seed of each image (one for a video). `settings` says what was really used, fall-backs
-    included. `timings_ms` has the wall time of "encode", "denoise", "decode" and "total", measured.
-    """
-
-    images: list[Image] | None
-    frames: np.ndarray[Any, np.dtype[np.uint8]] | None
-    fps: int | None
-    seeds: list[int]
-    settings: dict[str, Any]
-    timings_ms: dict[str, float]
-
-
-class Control(Protocol):
-    """How a running generation reports; both calls raise `Cancelled` when it should stop."""
-
-    def step(self, done: int, of: int) -> None: ...
-
-    def phase(self, name: Phase) -> None: ...
-
-
-class Model(Protocol):
-    """A family's pipeline around loaded weights. All calls come from one thread."""
-
-    loaded: bool
-    model_name: str
-    revision: str | None
-    device: str
-
-    def load(self) -> None:
-        """Raises `ModelLoadFailed`."""
-
-    def warm_up(self) -> None: ...
-
-    def generate(self, request: GenerationRequest, control: Control) -> Generation:
-        """Raises a `GenerationError`; any other exception counts as `GenerationFailed`."""
 
 
 @dataclass(frozen=True)
@@ -148,10 +74,11 @@ class Progress:
 
 
 class Ticket:
-    """One submitted generation. `cancel` takes effect at the next step or phase boundary."""
+    """One submitted generation. `cancel` takes effect at once while it waits, then at the next step or phase."""
 
-    def __init__(self, request: GenerationRequest) -> None:
+    def __init__(self, request: GenerationRequest, engine: Engine) -> None:
         self.request = request
+        self._engine = engine
         self.job_id = request.job_id
         self._progress = Progress("waiting", 0, request.params.steps, 0, time.monotonic())
         self._cancelled = threading.Event()
@@ -173,6 +100,7 @@ class Ticket:
 
     def cancel(self) -> None:
         self._cancelled.set()
+        self._engine._drop(self)
 
     async def result(self) -> Generation:
         """The finished generation. Raises its `GenerationError`. Giving up waiting does not cancel it."""
@@ -212,9 +140,10 @@ class Engine:
     def __init__(self, model: Model, slots: int = 1) -> None:
         self.model = model
         self.slots = slots
-        self.broken: str | None = None
+        self.broken: str | None = None  # why it can serve no more, once that is so
         self.activity = 0  # written by the engine thread only
         self.closing = False
+        self._fault: type[GenerationError] = Cancelled
         self._waiting: deque[Ticket] = deque()
         self._running: Ticket | None = None
         self._changed = threading.Condition()
@@ -242,7 +171,7 @@ class Engine:
 
     def submit(self, request: GenerationRequest) -> Ticket:
         """Never raises: on an engine that is closed or broken the ticket fails at once."""
-        ticket = Ticket(request)
+        ticket = Ticket(request, self)
         with self._changed:
             if self.broken is None and not self.closing:
                 self._waiting.append(ticket)
@@ -250,6 +179,14 @@ class Engine:
                 return ticket
         ticket._future.set_exception(self._ended())
         return ticket
+
+    def _drop(self, ticket: Ticket) -> None:
+        """Ends a cancelled ticket that has not been started."""
+        with self._changed:
+            if ticket not in self._waiting:
+                return
+            self._waiting.remove(ticket)
+        ticket._future.set_exception(Cancelled("cancelled before it started"))
 
     def close(self, timeout_seconds: float = 30.0) -> None:
         """Ends the engine: the running generation stops at its next step, waiting ones are cancelled.
@@ -289,7 +226,7 @@ class Engine:
             failure = error if isinstance(error, GenerationError) else as_generation_error(error)
             if isinstance(failure, GenerationFailed | OutOfMemory | InvalidInput):
                 failure = ModelLoadFailed(f"{self.model.model_name}: {failure.message}")
-            self.broken = failure.message
+            self._fault, self.broken = type(failure), failure.message
             log.error("model_load_failed", model=self.model.model_name, code=failure.code, reason=failure.message)
             self._ready.set_exception(failure)
             return False
@@ -311,18 +248,16 @@ class Engine:
             return self._running
 
     def _generate(self, ticket: Ticket) -> Generation | GenerationError:
-        if ticket.cancelled:
-            return Cancelled("cancelled before it started")
         try:
             return self.model.generate(ticket.request, _TicketControl(ticket, self))
-        except Exception as error:
+        except BaseException as error:  # the thread must outlive anything, or its tickets never end
             failure = error if isinstance(error, GenerationError) else as_generation_error(error)
             failure.__cause__ = None
             # the frames of the traceback hold the tensors of the generation
             traceback.clear_frames(error.__traceback__)
         failure.__traceback__ = None
         if isinstance(failure, DeviceBroken):
-            self.broken = failure.message
+            self._fault, self.broken = DeviceBroken, failure.message
         elif not isinstance(failure, Cancelled | InvalidInput):
             release_device_memory()
         log.info("generation_ended", job_id=ticket.job_id, code=failure.code, reason=failure.message)
@@ -336,45 +271,4 @@ class Engine:
             ticket._future.set_exception(self._ended())
 
     def _ended(self) -> GenerationError:
-        return Cancelled("the engine was closed") if self.broken is None else DeviceBroken(self.broken)
-
-
-_DEVICE_FAULTS: Mapping[str, type[GenerationError]] = {
-    "out of memory": OutOfMemory,
-    "CUBLAS_STATUS_ALLOC_FAILED": OutOfMemory,
-    "CUDA error": DeviceBroken,
-    "device-side assert": DeviceBroken,
-    "CUDNN_STATUS_EXECUTION_FAILED": DeviceBroken,
-}
-
-
-def as_generation_error(error: Exception) -> GenerationError:
-    """What an exception of a library means here.
-
-    Only texts of torch's own errors are kept; any other exception is named by type and place, because its text
-    might repeat a prompt.
-    """
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return OutOfMemory(_first_line(error) or "not enough memory")
-    if isinstance(error, RuntimeError):
-        for sign, kind in _DEVICE_FAULTS.items():
-            if sign in str(error):
-                return kind(_first_line(error))
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {PurePath(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    return GenerationFailed(f"{type(error).__name__}{place}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:300]
-
-
-def release_device_memory() -> None:
-    """Gives cached blocks back to the device after a failure."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        return self._fault(self.broken or "the engine was closed")

@@ -175,9 +175,7 @@ class _Resolution:
         width, height = self._size()
         frames, fps = self._length()
         steps = self._ranged("steps", given.steps, defaults.steps.of(quality), 1, MAX_STEPS)
-        guidance = self._ranged(
-            "guidance_scale", given.guidance_scale, defaults.guidance.of(quality), 0, MAX_GUIDANCE
-        )
+        guidance = self._ranged("guidance_scale", given.guidance_scale, defaults.guidance.of(quality), 0, MAX_GUIDANCE)
         fields = {
             "prompt": self._prompt(),
             "negative_prompt": self._negative_prompt(guidance),
@@ -267,9 +265,7 @@ class _Resolution:
             if given.frames not in (None, 1):
                 self._error("frames", "unsupported", f"{self.job_type.name} makes images of one frame")
             if given.fps is not None:
-                self._error(
-                    "fps", "unsupported", f"{self.job_type.name} makes images, which have no frame rate"
-                )
+                self._error("fps", "unsupported", f"{self.job_type.name} makes images, which have no frame rate")
             return 1, None
         if defaults.frames is None or defaults.frames_min is None or defaults.frames_max is None:
             self._error("frames", "unsupported", "this installation's model makes no video")
@@ -293,7 +289,7 @@ class _Resolution:
             self._error("reference", "unsupported", f"{self.job_type.name} can't start from an image")
             return steps
         # diffusers runs int(steps * noise) steps of an image-to-image generation and refuses to run none.
-        noise = 1 - reference.strength
+        noise = round(1 - reference.strength, 6)
         needed = next((n for n in range(steps, MAX_STEPS + 1) if int(n * noise) >= 1), None)
         if needed is None:
             self._error("reference.strength", "range", "leaves nothing to generate; 0.99 is the most")

@@ -16,11 +16,16 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from models.catalog import FamilyDefaults, default_for
-from models.catalog import Family as Family
+from models.catalog import Family, FamilyDefaults, default_for
 
 TINY = "tiny"
 _MEDIA_FAMILIES = (Family.SDXL, Family.WAN, Family.RV51)
+
+# Fields that a family's loader has no use for; a profile that sets one is refused, not half obeyed.
+_NOT_OF = {
+    Family.WAN: {"single_file", "vae"},
+    Family.QWEN: {"single_file", "vae", "variant", "vae_slicing", "offload", "attention"},
+}
 
 
 class ModelSpec(BaseModel):
@@ -60,6 +65,9 @@ class ModelSpec(BaseModel):
             raise ValueError(f"{self.family}: on the CPU there is no GPU share, no offload and no float16")
         if self.device == "cuda" and not (self.num_gpus and self.memory_gib):
             raise ValueError(f"{self.family}: a model on a card states num_gpus and memory_gib")
+        used = self.model_fields_set - {"family", "defaults"}
+        if unused := sorted(used & _NOT_OF.get(self.family, set())):
+            raise ValueError(f"{self.family}: {', '.join(unused)} would have no effect")
         if self.source == TINY and (self.single_file or self.vae or self.variant or self.revision):
             raise ValueError(f"{self.family}: tiny weights have no revision, variant, single_file or vae")
         return self
@@ -95,9 +103,7 @@ class Profile(BaseModel):
 def profile_names() -> list[str]:
     """The names of the profiles that come with the project."""
     folder = files("configs") / "profiles"
-    return sorted(
-        item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")
-    )
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
 def load_profile(name_or_path: str | Path) -> Profile:
@@ -229,30 +235,37 @@ def fits(profile: Profile, cards: Iterable[Card]) -> list[FitReport]:
     Room is free memory, and the card's share (`num_gpus` sums to at most 1 a card). Pure arithmetic on the
     profile's figures; nothing is loaded or asked. One report per model, in the profile's order.
     """
+    cards = list(cards)
     free = [(card.free_gib, 1.0) for card in cards]
     reports: dict[Family, FitReport] = {}
     for spec in sorted(profile.models.values(), key=lambda spec: spec.memory_gib, reverse=True):
-        if spec.device == "cpu" or (spec.device == "auto" and not free):
-            reports[spec.family] = FitReport(spec.family, spec.model_name, True, None, 0.0, "runs on the CPU")
-            continue
-        place = next(
-            (
-                number
-                for number, (gib, share) in enumerate(free)
-                if gib >= spec.memory_gib and share + 1e-9 >= spec.num_gpus
-            ),
-            None,
-        )
-        if place is None:
-            gib, share = max(free, default=(0.0, 0.0))
-            reason = f"needs {spec.memory_gib:g} GiB and {spec.num_gpus:g} of a card; " + (
-                f"the most that is left is {gib:.1f} GiB and {share:g}" if free else "there is no card"
-            )
-        else:
+        place, reason = None, "runs on the CPU"
+        on_cpu = spec.device == "cpu" or (spec.device == "auto" and not cards)
+        if not on_cpu:
+            # shares such as 0.4 and 0.6 do not sum to exactly 1
+            room = (gib >= spec.memory_gib and share + 1e-9 >= spec.num_gpus for gib, share in free)
+            place = next((number for number, enough in enumerate(room) if enough), None)
+            reason = _why_no_card(spec, cards, free)
+        if place is not None:
             gib, share = free[place]
             free[place] = (gib - spec.memory_gib, share - spec.num_gpus)
-            reason = f"card {place}, {free[place][0]:.1f} GiB left"
+            reason = f"card {place} ({cards[place].name}), {free[place][0]:.1f} GiB left"
         reports[spec.family] = FitReport(
-            spec.family, spec.model_name, place is not None, place, spec.memory_gib, reason
+            family=spec.family,
+            model_name=spec.model_name,
+            fits=on_cpu or place is not None,
+            place=place,
+            needed_gib=0.0 if on_cpu else spec.memory_gib,
+            reason=reason,
         )
     return [reports[family] for family in profile.models]
+
+
+def _why_no_card(spec: ModelSpec, cards: list[Card], free: list[tuple[float, float]]) -> str:
+    if not cards:
+        return "there is no card"
+    largest = max(card.total_gib for card in cards)
+    if largest < spec.memory_gib:
+        return f"needs {spec.memory_gib:g} GiB, the largest card has {largest:.1f}"
+    left = ", ".join(f"{gib:.1f} GiB and {max(share, 0):.2g} of card {i}" for i, (gib, share) in enumerate(free))
+    return f"needs {spec.memory_gib:g} GiB and {spec.num_gpus:g} of a card; left: {left}"

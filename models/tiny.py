@@ -46,7 +46,7 @@ walking running standing sitting flying dancing playing looking holding flowing 
 tracking gentle vivid rich muted contrast exposure balanced resolution high-quality ultra 4k 8k hd
 low bad worst ugly deformed distorted extra missing fingers limbs anatomy watermark text logo signature noise
 artifacts jpeg cropped duplicate frame frames static flicker jitter video clip timeline continuous
-""".split()
+""".split()  # noqa: SIM905 - a list of names would be three pages
 
 
 def ensure_tiny(family: str, root: Path) -> Path:
@@ -80,6 +80,9 @@ def ensure_tiny(family: str, root: Path) -> Path:
 def _build(build: Callable[[Path], None], folder: Path) -> None:
     import torch
 
+    from models.pipeline import quiet_libraries
+
+    quiet_libraries()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         build(folder)
@@ -89,7 +92,7 @@ def _build_sdxl(folder: Path) -> None:
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    tokenizer, tokenizer_2 = _clip_tokenizer(), _clip_tokenizer(pad_token="!")  # the published pair pads like this
+    tokenizer, tokenizer_2 = _clip_tokenizer("<|endoftext|>"), _clip_tokenizer("!")  # padded as the published pair
     width = 32
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -219,7 +222,7 @@ def _byte_symbols() -> list[str]:
     return sorted(ByteLevel.alphabet())
 
 
-def _clip_tokenizer(pad_token: str = "<|endoftext|>") -> Any:  # noqa: S107 - a padding symbol, no secret
+def _clip_tokenizer(pad_token: str) -> Any:
     from tokenizers import Tokenizer, models, trainers
     from transformers import CLIPTokenizer
 

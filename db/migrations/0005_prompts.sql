@@ -26,18 +26,19 @@ CREATE TRIGGER prompt_templates_touch BEFORE UPDATE ON prompt_templates FOR EACH
 
 CREATE TABLE negative_prompts (
   id uuid PRIMARY KEY DEFAULT gen_random_uuid(),
-  model_type varchar NOT NULL DEFAULT 'sdxl',
-  content_mode varchar NOT NULL DEFAULT 'sfw' CHECK (content_mode IN ('sfw', 'nsfw')),
-  generation_mode text NOT NULL DEFAULT 'txt2img' CHECK (generation_mode IN ('txt2img', 'i2i')),
   name text NOT NULL CHECK (name <> ''),
+  model_type varchar,                         -- null in these three: fits every value
+  content_mode varchar CHECK (content_mode IN ('sfw', 'nsfw')),
+  generation_mode text CHECK (generation_mode IN ('txt2img', 'i2i')),
   negative_prompt text NOT NULL,              -- may be empty: a named group that an operator fills
-  priority int NOT NULL DEFAULT 1,
+  priority int NOT NULL DEFAULT 1,            -- higher first
   is_active boolean NOT NULL DEFAULT true,
+  metadata jsonb NOT NULL DEFAULT '{}',       -- triggers, take, required
   description text,
   created_by uuid REFERENCES profiles ON DELETE SET NULL,
   created_at timestamptz NOT NULL DEFAULT now(),
   updated_at timestamptz NOT NULL DEFAULT now(),
-  UNIQUE (model_type, content_mode, generation_mode, name)
+  UNIQUE NULLS NOT DISTINCT (model_type, content_mode, generation_mode, name)
 );
 CREATE TRIGGER negative_prompts_touch BEFORE UPDATE ON negative_prompts FOR EACH ROW EXECUTE FUNCTION ourvidz.touch();
 

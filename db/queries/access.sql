@@ -34,3 +34,13 @@ RETURNING id, user_id, name, prefix, created_at, last_used_at, expires_at, revok
 
 -- name: count_admins()$
 SELECT count(*) FROM user_roles WHERE role = 'admin';
+
+-- name: callback_secret(user_id)^
+-- The version of a user's callback secret, and whether the one before it still signs beside it.
+SELECT callback_secret_version AS version,
+       callback_secret_version > 1 AND callback_secret_rotated_at > now() - interval '24 hours' AS rotating
+FROM profiles WHERE id = :user_id;
+
+-- name: rotate_callback_secret(user_id)!
+UPDATE profiles SET callback_secret_version = callback_secret_version + 1, callback_secret_rotated_at = now()
+WHERE id = :user_id;

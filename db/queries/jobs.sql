@@ -107,3 +107,11 @@ WITH again AS (
   INSERT INTO job_events (job_id, user_id, attempt, kind) SELECT id, user_id, attempts, 'retried' FROM again
 )
 SELECT id, stage, model_type FROM again;
+
+-- name: read_bare(job_id)^
+-- Where a job stands, without what hangs on it.
+SELECT status, attempts, worker, stage FROM jobs WHERE id = :job_id;
+
+-- name: provider(job_id)$
+-- Who runs a job: `local`, or an outside provider.
+SELECT provider FROM jobs WHERE id = :job_id;

@@ -205,3 +205,10 @@ WHERE seen_at > now() - make_interval(secs => :within_seconds::float8) ORDER BY 
 
 -- name: prune_workers()!
 DELETE FROM workers WHERE seen_at < now() - interval '1 day';
+
+-- name: prune_events(days)!
+DELETE FROM job_events e USING jobs j
+WHERE e.job_id = j.id AND j.completed_at IS NOT NULL AND e.at < now() - make_interval(days => :days::int);
+
+-- name: prune_attempts(days)!
+DELETE FROM callback_attempts WHERE at < now() - make_interval(days => :days::int);

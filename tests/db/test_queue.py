@@ -70,7 +70,9 @@ async def test_accept_writes_job_queue_event_and_charge_together(database: Any) 
 async def test_accept_with_a_broken_invariant_stores_nothing(database: Any) -> None:
     with pytest.raises(asyncpg.CheckViolationError):
         await Jobs(database.pool).accept(new_job(await database.user(), job_type="nonsense"), idempotency_key="k")
-    counts = "SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM job_queue), (SELECT count(*) FROM idempotency_keys)"
+    counts = (
+        "SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM job_queue), (SELECT count(*) FROM idempotency_keys)"
+    )
     assert tuple(await database.pool.fetchrow(counts)) == (0, 0, 0)
 
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -59,7 +61,7 @@ async def receiving(*answers: bytes | Script, tls: ssl.SSLContext | None = None)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         receiver.connections += 1
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        try:
             request = await read_request(reader)
             said = answers[min(len(receiver.requests), len(answers) - 1)]
             async with receiver.arrived:
@@ -70,7 +72,12 @@ async def receiving(*answers: bytes | Script, tls: ssl.SSLContext | None = None)
                 await writer.drain()
             else:
                 await said(reader, writer)
-        writer.close()
+        except (OSError, asyncio.IncompleteReadError):
+            pass  # the other side had enough, which is what many of the tests are about
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
 
     handlers: set[asyncio.Task[None]] = set()
 
@@ -127,6 +134,7 @@ async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     """A good head, half a body, then a TCP reset."""
     writer.write(b"HTTP/1.1 200 Said\r\ncontent-type: image/png\r\ncontent-length: 100\r\n\r\nhalf")
     await writer.drain()
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
 
 

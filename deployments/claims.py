@@ -1,0 +1,255 @@
+"""The claim loop: how a replica takes jobs, keeps them, and lets them go. No Ray and no model in it.
+
+A replica pulls, because it alone knows its free slots. For every job that it holds it renews the lease, but only
+while the work really advances: a wedged engine loses its jobs to a healthy replica, though its process lives.
+What a renewal brings back decides the rest: a job that is missing was lost, and one with a cancel reason must stop.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from uuid import UUID
+
+import asyncpg
+import structlog
+
+from db.pool import CONNECTION_FAULTS
+from db.queue import Claim, Queue, Renewal, Requeue
+
+log = structlog.get_logger()
+
+# How long a phase may go without a sign of progress before its lease is no longer renewed, in seconds.
+# `denoise` counts from step to step; the others from their beginning.
+PHASE_ALLOWANCE = {"waiting": 3600.0, "encode": 300.0, "denoise": 300.0, "decode": 600.0, "encode_media": 300.0}
+DEFAULT_ALLOWANCE = 300.0
+PROGRESS_SECONDS = 0.5  # progress goes out at most twice a second
+DATABASE_FAULTS = (*CONNECTION_FAULTS, asyncpg.PostgresError)
+
+
+class StopReason(StrEnum):
+    """Why a job in our hands must stop."""
+
+    USER = "user"  # somebody cancelled it
+    DEADLINE = "deadline"  # its total deadline passed
+    LOST = "lost"  # the lease is somebody else's now
+    DRAIN = "drain"  # this replica is going away
+
+
+@dataclass
+class Held:
+    """A job in this replica's hands. `report` is called by the work, `stop` by the loop."""
+
+    claim: Claim
+    phase: str = "waiting"
+    step: int | None = None
+    steps: int | None = None
+    activity: int = 0
+    stop_reason: StopReason | None = None
+    on_stop: Callable[[], None] | None = None
+    settling: bool = False  # the end is being written: that the job is missing then proves nothing
+    # on this process' own clock: when the lease ends at the latest, and when the work last showed progress
+    lease_ends: float = field(default_factory=time.monotonic)
+    advanced: float = field(default_factory=time.monotonic)
+    reported: tuple[str, int | None] | None = None
+
+    def report(
+        self, phase: str, step: int | None = None, steps: int | None = None, activity: int | None = None
+    ) -> None:
+        """The work is in this phase, at this step. Any change, of `activity` too, counts as progress."""
+        before = (self.phase, self.step, self.activity)
+        self.phase, self.step, self.steps = phase, step, steps
+        if activity is not None:
+            self.activity = activity
+        if (self.phase, self.step, self.activity) != before:
+            self.advanced = time.monotonic()
+
+    def stop(self, reason: StopReason) -> None:
+        """Make the work stop at its next step. The first reason stands, but a lost lease overrules all."""
+        if self.stop_reason is None or reason is StopReason.LOST:
+            self.stop_reason = reason
+        if self.on_stop is not None:
+            self.on_stop()
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the work has shown no progress for longer than its phase allows."""
+        return time.monotonic() - self.advanced > PHASE_ALLOWANCE.get(self.phase, DEFAULT_ALLOWANCE)
+
+
+class ClaimLoop:
+    """Claims for the free slots of one replica and runs `work` on every job.
+
+    `work` must end every job that it gets (settle it or put it back) and must return soon after `held.stop_reason`
+    is set. `wake` sets the loop going at once; without it the queue is polled.
+    """
+
+    def __init__(
+        self,
+        queue: Queue,
+        name: str,
+        worker: UUID,
+        work: Callable[[Held], Awaitable[None]],
+        *,
+        slots: int,
+        lease_seconds: float,
+        renew_seconds: float,
+        poll_seconds: float,
+        on_news: Callable[[UUID], None] = lambda job_id: None,
+        on_lost: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._queue, self._name, self._worker, self._work = queue, name, worker, work
+        self._slots = slots
+        self._lease, self._renew, self._poll = lease_seconds, renew_seconds, poll_seconds
+        self._on_news, self._on_lost = on_news, on_lost
+        self._wake = asyncio.Event()
+        self._claiming = True
+        self._tasks: dict[asyncio.Task[None], Held] = {}
+        self._loops: list[asyncio.Task[None]] = []
+        self.fault: str | None = None
+
+    @property
+    def running(self) -> int:
+        """How many jobs are in our hands."""
+        return len(self._tasks)
+
+    def wake(self) -> None:
+        """Look for work now."""
+        self._wake.set()
+
+    def start(self) -> None:
+        """Begin claiming."""
+        self._loops = [asyncio.create_task(self._claim_forever()), asyncio.create_task(self._renew_forever())]
+        for loop in self._loops:
+            loop.add_done_callback(self._note_end)
+
+    async def drain(self, seconds: float) -> None:
+        """Stop claiming, let the running jobs finish for so long, then hand back the rest. Renewals go on meanwhile."""
+        self._claiming = False
+        self._wake.set()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=seconds)
+        for held in list(self._tasks.values()):
+            held.stop(StopReason.DRAIN)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self._lease)
+        for loop in self._loops:
+            loop.cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
+
+    def _note_end(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self.fault = f"{type(task.exception()).__name__} in the claim loop"
+            log.error("claim_loop_died", queue=self._name, error=self.fault)
+
+    async def _claim_forever(self) -> None:
+        while self._claiming:
+            self._wake.clear()
+            free = self._slots - len(self._tasks)
+            claims: list[Claim] = []
+            if free > 0:
+                started = time.monotonic()
+                try:
+                    claims = await self._queue.claim(self._name, self._worker, free, self._lease)
+                except DATABASE_FAULTS as error:
+                    log.warning("claim_failed", queue=self._name, error=type(error).__name__)
+                for claim in claims:
+                    self._begin(Held(claim, lease_ends=started + self._lease))
+            if len(claims) == free and free > 0:
+                continue  # there may be more for the slots that are free by now
+            try:
+                async with asyncio.timeout(self._poll * random.uniform(0.8, 1.2)):  # noqa: S311 - jitter
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    def _begin(self, held: Held) -> None:
+        log.info("job_claimed", job_id=str(held.claim.job_id), attempt=held.claim.attempt, queue=self._name)
+        task = asyncio.create_task(self._run(held))
+        self._tasks[task] = held
+        task.add_done_callback(self._end)
+        self._on_news(held.claim.job_id)
+
+    def _end(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.pop(task, None)
+        self._wake.set()
+
+    async def _run(self, held: Held) -> None:
+        try:
+            await self._work(held)
+        except Exception as error:
+            # the work ends its jobs itself; whatever escapes it is our fault, and the job must not wait for its lease
+            log.exception("job_escaped", job_id=str(held.claim.job_id), attempt=held.claim.attempt)
+            message = f"{type(error).__name__} in the replica"
+            back = Requeue(
+                job_id=held.claim.job_id,
+                attempt=held.claim.attempt,
+                counts=True,
+                delay_seconds=backoff(held.claim.failures),
+                error_code="internal",
+                error_message=message,
+            )
+            try:
+                await self._queue.requeue([back])
+            except DATABASE_FAULTS:
+                log.warning("requeue_failed", job_id=str(held.claim.job_id))  # the lease will run out
+
+    async def _renew_forever(self) -> None:
+        renewed = 0.0
+        while True:
+            await asyncio.sleep(min(PROGRESS_SECONDS, self._renew))
+            due = time.monotonic() - renewed >= self._renew
+            held = [h for h in self._tasks.values() if h.stop_reason is not StopReason.LOST and not h.stalled]
+            news = [h for h in held if h.reported != (h.phase, h.step)]
+            if not due and not news:
+                continue
+            chosen = held if due else news
+            started = time.monotonic()
+            if chosen and await self._renew_once(chosen, started):
+                for h in news:
+                    self._on_news(h.claim.job_id)
+            if due:
+                renewed = started
+            self._give_up_late(started)
+
+    async def _renew_once(self, held: list[Held], started: float) -> bool:
+        said = [(h, (h.phase, h.step)) for h in held]
+        renewals = [Renewal(h.claim.job_id, h.claim.attempt, h.phase, h.step, h.steps) for h in held]
+        try:
+            kept = await self._queue.renew(self._worker, renewals, self._lease)
+        except DATABASE_FAULTS as error:
+            log.warning("renew_failed", queue=self._name, error=type(error).__name__, jobs=len(held))
+            return False
+        still_here = {id(h) for h in self._tasks.values()}
+        for h, reported in said:
+            if h.claim.job_id in kept:
+                h.lease_ends, h.reported = started + self._lease, reported
+                if kept[h.claim.job_id] is not None:
+                    h.stop(StopReason(kept[h.claim.job_id] or StopReason.USER))
+            elif id(h) in still_here and not h.settling:
+                self._lose(h)
+        return True
+
+    def _give_up_late(self, now: float) -> None:
+        """Without Postgres we can't know: shortly before the lease ends, by our own clock, we let go."""
+        for h in list(self._tasks.values()):
+            if h.stop_reason is not StopReason.LOST and now > h.lease_ends - min(5.0, self._lease / 4):
+                self._lose(h)
+
+    def _lose(self, held: Held) -> None:
+        log.warning(
+            "lease_lost",
+            job_id=str(held.claim.job_id),
+            attempt=held.claim.attempt,
+            phase=held.phase,
+            stalled=held.stalled,
+        )
+        held.stop(StopReason.LOST)
+        self._on_lost()
+
+
+def backoff(failures: int, base: float = 2.0, cap: float = 120.0) -> float:
+    """Seconds before the next try after so many failures: exponential, with 20 % of jitter either way."""
+    return float(min(cap, base * 2**failures) * random.uniform(0.8, 1.2))  # noqa: S311 - jitter

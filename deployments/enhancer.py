@@ -1,0 +1,277 @@
+"""The language model's replica: it enhances queued jobs as one durable stage, and single prompts at once by handle.
+
+It serves without its model too, by rules, and says so: a model that can't be loaded must not hold up every job that
+wants a better prompt. It goes on trying to load it.
+"""
+
+import asyncio
+import threading
+import time
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+from uuid import UUID, uuid4
+
+import structlog
+
+from db.jobs import Jobs
+from db.notify import QUEUE_CHANNEL, Listener, Notifier
+from db.pool import WORKER_ROLE, open_pool
+from db.prompts import Prompts
+from db.queue import Queue, Requeue
+from db.workers import Workers
+from deployments.claims import ClaimLoop, Held
+from deployments.endings import Endings
+from deployments.metrics import Metrics
+from deployments.prompting import templates_of
+from deployments.settings import Settings
+from models.catalog import Family, Format, JobType, Quality, resolve
+from models.engine import GenerationError, GenerationFailed
+from models.enhancement import Enhancement, enhance
+from models.params import ContentMode
+from models.policy import ContentRejected
+from models.profile import resolve_weights
+from models.prompts import NoTemplate, TokenCounter, builtin_templates, select_template
+
+log = structlog.get_logger()
+
+RELOAD_SECONDS = 60.0
+QUEUE = Family.QWEN.value
+
+
+@dataclass(frozen=True)
+class EnhanceRequest:
+    """One prompt to enhance at once."""
+
+    prompt: str
+    family: str
+    format: str
+    quality: str
+    enhanced7b: bool
+    content_mode: str
+    seed: int
+
+
+class PolicyRefused(GenerationError):
+    """The prompt breaks the content policy."""
+
+    code = "content_rejected"
+    retryable = False
+
+
+class Enhancer:
+    """One language model, one claim loop. No Ray in it."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings, self.metrics = settings, metrics
+        self.worker: UUID = uuid4()
+        self.model: Any = None
+        self.load_error: str | None = None
+        self._loop: ClaimLoop | None = None
+        self._counters: dict[Family, TokenCounter] = {}
+        self._counters_lock = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Connect, try to load the model, and claim. Raises `DatabaseUnavailable`."""
+        settings = self.settings
+        url = await asyncio.to_thread(settings.postgres)
+        self._pool = await open_pool(url, role=WORKER_ROLE, max_size=6, name="ourvidz qwen")
+        self._workers = Workers(self._pool)
+        self._prompts = Prompts(self._pool)
+        self._notifier = Notifier(self._pool)
+        jobs, queue = Jobs(self._pool), Queue(self._pool)
+        self._jobs = jobs
+        self._endings = Endings(queue, jobs, self.worker, settings.lease_seconds)
+        await self._load()
+        self._loop = ClaimLoop(
+            queue,
+            QUEUE,
+            self.worker,
+            self._work,
+            slots=1,
+            lease_seconds=settings.lease_seconds,
+            renew_seconds=settings.renew_seconds,
+            poll_seconds=settings.poll_seconds,
+            on_news=self._notifier.job,
+            on_lost=lambda: self.metrics.lease_lost(QUEUE),
+        )
+        self._listener = Listener(url, QUEUE_CHANNEL, self._heard, role=WORKER_ROLE)
+        self._listener.start()
+        self._loop.start()
+        self._life = asyncio.create_task(self._live())
+
+    def health(self) -> str | None:
+        """What is wrong beyond repair, or None. A model that is away is not: rules stand in."""
+        return self._loop.fault if self._loop else "not started"
+
+    async def stop(self, seconds: float) -> None:
+        """Drain, as media replicas do."""
+        if self._loop is None:
+            return
+        await self._workers.enter(self.worker, QUEUE, "draining")
+        await self._loop.drain(seconds)
+        self._life.cancel()
+        await self._listener.close()
+        await self._notifier.close()
+        await self._workers.enter(self.worker, QUEUE, "stopped")
+        await self._pool.close()
+
+    async def enhance(self, request: EnhanceRequest) -> Enhancement:
+        """Enhance one prompt. Raises `ContentRejected`, `NoTemplate`."""
+        return await self._enhance(request, should_stop=lambda: False)
+
+    async def _load(self) -> None:
+        spec = self.settings.loaded_profile.models.get(Family.QWEN)
+        if spec is None:
+            self.load_error = "the profile has no language model"
+            await self._workers.enter(self.worker, QUEUE, "ready", error=self.load_error)
+            return
+        from models.qwen import Qwen
+
+        await self._workers.enter(self.worker, QUEUE, "loading", model_name=spec.model_name)
+        started = time.monotonic()
+        try:
+            weights = await asyncio.to_thread(resolve_weights, spec, self.settings.state_dir / "weights")
+            model = Qwen(spec, weights)
+            await asyncio.to_thread(model.load)
+            await asyncio.to_thread(model.warm_up)
+        except GenerationError as error:
+            self.load_error = f"{error.code}: {error.message}"
+            log.error("model_load_failed", model=spec.model_name, reason=self.load_error)
+            await self._workers.enter(self.worker, QUEUE, "failed", error=self.load_error)
+            return
+        self.model, self.load_error = model, None
+        seconds = time.monotonic() - started
+        self.metrics.model_loaded(QUEUE, seconds)
+        await self._workers.enter(
+            self.worker, QUEUE, "ready", model_name=spec.model_name, device=model.device, load_ms=round(seconds * 1000)
+        )
+
+    def _heard(self, payload: str) -> None:
+        if payload in ("", QUEUE) and self._loop is not None:
+            self._loop.wake()
+
+    async def _live(self) -> None:
+        tried = time.monotonic()
+        while True:
+            await asyncio.sleep(self.settings.renew_seconds)
+            try:
+                await self._workers.seen(self.worker, self._loop.running if self._loop else 0)
+                if self.load_error and time.monotonic() - tried > RELOAD_SECONDS:
+                    tried = time.monotonic()
+                    await self._load()
+            except Exception as error:
+                log.warning("sign_of_life_failed", error=type(error).__name__)
+
+    async def _work(self, held: Held) -> None:
+        """One job's enhancement stage, from claim to the next queue."""
+        claim, outcome, queue = held.claim, "lost", QUEUE
+        started = time.monotonic()
+        try:
+            job_type = resolve(claim.job["job_type"])
+            result = await self._enhance_job(held, job_type)
+            queue = job_type.family.value
+            outcome = "enhanced" if await self._move_on(held, job_type, result) else "lost"
+        except GenerationError as error:
+            outcome = await self._endings.failed(held, error)
+            self.metrics.job_failed(QUEUE, error.code, outcome)
+        finally:
+            self._notifier.job(claim.job_id)
+            self._notifier.queue(queue)
+            self._notifier.queue("callbacks")
+            self.metrics.job_ended(QUEUE, claim.job, outcome, time.monotonic() - started)
+            log.info("stage_ended", job_id=str(claim.job_id), attempt=claim.attempt, outcome=outcome)
+
+    async def _enhance_job(self, held: Held, job_type: JobType) -> Enhancement:
+        job, stop = held.claim.job, threading.Event()
+        held.on_stop = stop.set
+        if held.stop_reason is not None:
+            stop.set()
+        tokens = 0
+
+        def should_stop() -> bool:
+            nonlocal tokens
+            tokens += 1
+            held.report("enhance", tokens, None, tokens)
+            return stop.is_set()
+
+        held.report("enhance")
+        request = EnhanceRequest(
+            prompt=job["original_prompt"],
+            family=job_type.family.value,
+            format=job_type.format.value,
+            quality=job_type.quality.value,
+            enhanced7b=job_type.enhanced,
+            content_mode=job["content_mode"],
+            seed=int(job["params"]["seed"] or 0),
+        )
+        try:
+            return await self._enhance(request, should_stop)
+        except ContentRejected as error:
+            raise PolicyRefused(error.message) from error
+        except NoTemplate as error:
+            raise GenerationFailed(str(error)) from error
+
+    async def _enhance(self, request: EnhanceRequest, should_stop: Any) -> Enhancement:
+        family, quality = Family(request.family), Quality(request.quality)
+        mode = cast(ContentMode, request.content_mode)
+        templates = templates_of(await self._prompts.templates()) or list(builtin_templates())
+        template, misfit = select_template(templates, family, Format(request.format), quality, request.enhanced7b, mode)
+        if misfit is not None:
+            log.info("template_fell_back", template=template.name, misfit=misfit)
+        counter = await self._counter(family)
+        result = await asyncio.to_thread(
+            enhance,
+            request.prompt,
+            template,
+            self.model,
+            counter,
+            mode,
+            request.seed,
+            quality=quality,
+            should_stop=should_stop,
+        )
+        self.metrics.enhanced(result.strategy, result.fallback_reason)
+        return result
+
+    async def _counter(self, family: Family) -> TokenCounter:
+        async with self._counters_lock:
+            if family not in self._counters:
+                self._counters[family] = await asyncio.to_thread(load_counter, self.settings, family)
+            return self._counters[family]
+
+    async def _move_on(self, held: Held, job_type: JobType, result: Enhancement) -> bool:
+        measured = await self._jobs.run_seconds(job_type.name)
+        expansion = None
+        if result.original_prompt:
+            expansion = round(100 * len(result.enhanced_prompt) / len(result.original_prompt), 2)
+        account = enhancement_account(result)
+        hop = Requeue(
+            job_id=held.claim.job_id,
+            attempt=held.claim.attempt,
+            kind="enhanced",
+            queue=job_type.family.value,
+            cost=max(measured if measured is not None else job_type.initial_seconds, 0.001),
+            stage="generate",
+            enhanced_prompt=result.enhanced_prompt,
+            enhancement=account,
+            enhancement_strategy=result.strategy,
+            enhancement_time_ms=result.execution_time_ms,
+            template_name=result.template_name,
+            expansion=expansion,
+        )
+        held.settling = True
+        return await self._endings.requeue(held, hop)
+
+
+def enhancement_account(result: Enhancement) -> dict[str, Any]:
+    """What an enhancement did, without the prompts."""
+    account = asdict(result)
+    del account["original_prompt"], account["enhanced_prompt"]
+    return account
+
+
+def load_counter(settings: Settings, family: Family) -> TokenCounter:
+    """The tokenizer of the model that will read the prompt. Raises `OSError` where it can't be read."""
+    spec = settings.loaded_profile.models[family]
+    weights = resolve_weights(spec, settings.state_dir / "weights")
+    return TokenCounter.from_pretrained(weights)

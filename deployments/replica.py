@@ -1,0 +1,246 @@
+"""A media replica: claim, run, store, finish. The steps of one job read in order in `_work`."""
+
+import asyncio
+import time
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import structlog
+
+from db.blobs import BlobNotFound, BlobStore, StorageUnavailable, UrlSigner
+from db.jobs import Jobs, Status
+from db.notify import QUEUE_CHANNEL, Listener, Notifier
+from db.pool import WORKER_ROLE, open_pool
+from db.queue import Claim, NewAsset, Queue, Settlement
+from db.workers import Workers
+from deployments.claims import ClaimLoop, Held, StopReason
+from deployments.endings import Endings
+from deployments.metrics import Metrics
+from deployments.settings import Settings
+from deployments.storing import StorageFailed, Storing, encode
+from models.catalog import Family
+from models.engine import (
+    Cancelled,
+    Engine,
+    Generation,
+    GenerationError,
+    GenerationFailed,
+    GenerationRequest,
+    Model,
+    Ticket,
+)
+from models.params import GenerationParams
+from models.profile import ModelSpec, resolve_weights
+
+log = structlog.get_logger()
+
+WATCH_SECONDS = 0.1
+
+
+class Replica:
+    """One model, one engine, one claim loop. No Ray in it: the Serve deployment around it is in `deployments.app`."""
+
+    def __init__(self, settings: Settings, family: str, metrics: Metrics) -> None:
+        self.settings, self.family, self.metrics = settings, family, metrics
+        self.worker: UUID = uuid4()
+        self.spec: ModelSpec = settings.loaded_profile.models[Family(family)]
+        self.engine: Engine | None = None
+        self._loop: ClaimLoop | None = None
+
+    async def start(self) -> None:
+        """Load and warm the model, then claim. Raises `ModelLoadFailed`, `DatabaseUnavailable`."""
+        settings = self.settings
+        url = await asyncio.to_thread(settings.postgres)
+        self._pool = await open_pool(url, role=WORKER_ROLE, max_size=6, name=f"ourvidz {self.family}")
+        self._workers = Workers(self._pool)
+        self._notifier = Notifier(self._pool)
+        queue = Queue(self._pool)
+        self._endings = Endings(queue, Jobs(self._pool), self.worker, settings.lease_seconds)
+        self._blobs = BlobStore.from_url(settings.blobs())
+        signer = UrlSigner(settings.secret("signing_secret"), settings.public_url)
+        self._storing = Storing(self._blobs, signer, settings.callback_url_seconds)
+        await self._load()
+        self._loop = ClaimLoop(
+            queue,
+            self.family,
+            self.worker,
+            self._work,
+            slots=1,
+            lease_seconds=settings.lease_seconds,
+            renew_seconds=settings.renew_seconds,
+            poll_seconds=settings.poll_seconds,
+            on_news=self._notifier.job,
+            on_lost=lambda: self.metrics.lease_lost(self.family),
+        )
+        self._listener = Listener(url, QUEUE_CHANNEL, self._heard, role=WORKER_ROLE)
+        self._listener.start()
+        self._loop.start()
+        self._life = asyncio.create_task(self._sign_of_life())
+
+    async def _load(self) -> None:
+        started = time.monotonic()
+        await self._workers.enter(self.worker, self.family, "loading", model_name=self.spec.model_name)
+        weights = await asyncio.to_thread(resolve_weights, self.spec, self.settings.state_dir / "weights")
+        self.engine = Engine(make_model(self.spec, weights))
+        self.engine.start()
+        try:
+            await self.engine.ready()
+        except GenerationError as error:
+            await self._workers.enter(self.worker, self.family, "failed", error=f"{error.code}: {error.message}")
+            raise
+        seconds = time.monotonic() - started
+        self.metrics.model_loaded(self.family, seconds)
+        model = self.engine.model
+        await self._workers.enter(
+            self.worker,
+            self.family,
+            "ready",
+            model_name=model.model_name,
+            device=model.device,
+            load_ms=round(seconds * 1000),
+        )
+
+    def health(self) -> str | None:
+        """What is wrong with this replica beyond repair, or None. Serve replaces an unhealthy one."""
+        if self.engine is None or not self.engine.alive:
+            return (self.engine.broken if self.engine else None) or "the engine has ended"
+        return self._loop.fault if self._loop else "not started"
+
+    async def stop(self, seconds: float) -> None:
+        """Drain: no more claims; running jobs get so many seconds; the rest goes back to the queue at once."""
+        if self._loop is None:
+            return
+        await self._workers.enter(self.worker, self.family, "draining")
+        await self._loop.drain(seconds)
+        self._life.cancel()
+        await self._listener.close()
+        await self._notifier.close()
+        if self.engine is not None:
+            await asyncio.to_thread(self.engine.close)
+        await self._workers.enter(self.worker, self.family, "stopped")
+        await self._pool.close()
+
+    def _heard(self, payload: str) -> None:
+        if payload in ("", self.family) and self._loop is not None:
+            self._loop.wake()
+
+    async def _sign_of_life(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.renew_seconds)
+            try:
+                await self._workers.seen(self.worker, self._loop.running if self._loop else 0)
+            except Exception as error:
+                log.warning("sign_of_life_failed", error=type(error).__name__)
+
+    async def _work(self, held: Held) -> None:
+        """One job, from claim to end."""
+        claim, outcome = held.claim, "lost"
+        started = time.monotonic()
+        try:
+            generation, assets = await self._make(held)
+            outcome = "completed" if await self._finish(held, generation, assets) else "lost"
+        except GenerationError as error:
+            outcome = await self._endings.failed(held, error)
+            self.metrics.job_failed(self.family, error.code, outcome)
+        finally:
+            if outcome != "completed":
+                await self._storing.discard(claim)
+            self._notifier.job(claim.job_id)
+            self._notifier.queue("callbacks")
+            self.metrics.job_ended(self.family, claim.job, outcome, time.monotonic() - started)
+            log.info("job_ended", job_id=str(claim.job_id), attempt=claim.attempt, outcome=outcome)
+
+    async def _make(self, held: Held) -> tuple[Generation, list[NewAsset]]:
+        assert self.engine is not None
+        request = await self._request(held.claim)
+        ticket = self.engine.submit(request)
+        held.on_stop = ticket.cancel
+        if held.stop_reason is not None:
+            ticket.cancel()
+        generation = await self._watched(held, ticket)
+        held.report("encode_media")
+        model_name = self.engine.model.model_name
+        try:
+            files = await asyncio.to_thread(encode, generation, model_name)
+        except Exception as error:
+            raise GenerationFailed(f"encoding failed: {type(error).__name__}") from error
+        held.report("store")
+        return generation, await self._storing.put(
+            held.claim, files, generation.settings, model_name, lambda: _raise_if_stopped(held)
+        )
+
+    async def _request(self, claim: Claim) -> GenerationRequest:
+        params = GenerationParams.model_validate(claim.job["params"])
+        enhanced = claim.job["enhanced_prompt"]
+        if enhanced:
+            params = params.model_copy(update={"prompt": enhanced})
+        reference = None
+        if params.reference is not None:
+            try:
+                reference = await self._blobs.get(params.reference.bucket, params.reference.key)
+            except BlobNotFound as error:
+                raise ReferenceGone("the stored reference image is gone") from error
+            except StorageUnavailable as error:
+                raise StorageFailed("the reference image can't be read") from error
+        return GenerationRequest(str(claim.job_id), params, reference)
+
+    async def _watched(self, held: Held, ticket: Ticket) -> Generation:
+        result = asyncio.create_task(ticket.result())
+        while not result.done():
+            await asyncio.wait({result}, timeout=WATCH_SECONDS)
+            progress = ticket.progress
+            denoising = progress.phase == "denoise"
+            held.report(
+                progress.phase,
+                progress.step if denoising else None,
+                progress.of if denoising else None,
+                progress.activity,
+            )
+        return result.result()
+
+    async def _finish(self, held: Held, generation: Generation, assets: list[NewAsset]) -> bool:
+        total_ms = round(generation.timings_ms["total"])
+        settings = generation.settings | {"timings_ms": {k: round(v, 1) for k, v in generation.timings_ms.items()}}
+        enhancement = held.claim.job["enhancement"] or {}
+        end = Settlement(
+            job_id=held.claim.job_id,
+            attempt=held.claim.attempt,
+            status=Status.COMPLETED,
+            settings=settings,
+            generation_time_ms=total_ms,
+            worker=self.worker,
+            assets=assets,
+            callback_assets=self._storing.references(assets),
+            facts={
+                "seed": generation.seeds[0],
+                "generation_time": total_ms / 1000,
+                "num_images": len(assets) if generation.images is not None else 0,
+                "enhancement_strategy": enhancement.get("strategy"),
+                "fallback_used": bool(settings.get("fallback_used") or enhancement.get("fallback_used")),
+                "compel_success": settings.get("compel_success"),
+            },
+        )
+        return await self._endings.settle(held, end)
+
+
+class ReferenceGone(GenerationError):
+    """The reference image of the job is no longer stored."""
+
+    code = "reference_gone"
+    retryable = False
+
+
+def _raise_if_stopped(held: Held) -> None:
+    if held.stop_reason is not None and held.stop_reason is not StopReason.DRAIN:
+        raise Cancelled(f"stopped: {held.stop_reason}")
+
+
+def make_model(spec: ModelSpec, weights: Path | str) -> Model:
+    """The model class of a family, around weights that are not loaded yet."""
+    if spec.family is Family.WAN:
+        from models.wan import WAN
+
+        return WAN(spec, weights)
+    from models.sdxl import SDXL
+
+    return SDXL(spec, weights)

@@ -1,0 +1,134 @@
+"""The Serve deployments: thin shells that start, watch and stop the classes which do the work.
+
+Each reads its secrets from its own environment. `shared` is what the application's builder knows (profile, folders,
+time limits), so that all deployments of one application agree.
+"""
+
+import asyncio
+import contextlib
+from typing import Any
+
+from db.callbacks import Callbacks
+from db.notify import QUEUE_CHANNEL, Listener, Notifier
+from db.pool import WORKER_ROLE, open_pool
+from db.queue import Queue
+from deployments.callbacks import CallbackSecrets, Deliverer
+from deployments.egress import Egress
+from deployments.enhancer import Enhancer, EnhanceRequest
+from deployments.logs import configure_logs
+from deployments.metrics import Metrics
+from deployments.replica import Replica
+from deployments.settings import Settings
+from deployments.upkeep import Upkeep
+
+# Serve waits this much longer than our own drain before it kills a replica.
+STOP_MARGIN_SECONDS = 15.0
+
+
+class Unhealthy(RuntimeError):
+    """A replica that only a new process can mend. Serve replaces it."""
+
+
+class MediaReplica:
+    """A model family's replica. It takes its work from Postgres, not from calls."""
+
+    async def __init__(self, shared: dict[str, Any], family: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        configure_logs()
+        self._replica = Replica(Settings.in_deployment(shared), family, Metrics())
+        await self._replica.start()
+
+    def check_health(self) -> None:
+        """Serve's health check."""
+        fault = self._replica.health()
+        if fault is not None:
+            raise Unhealthy(fault)
+
+    async def __del__(self) -> None:
+        await self._replica.stop(self._replica.settings.drain_seconds)
+
+
+class EnhancerReplica:
+    """The language model's replica: queued jobs, and single prompts by handle."""
+
+    async def __init__(self, shared: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        configure_logs()
+        self._enhancer = Enhancer(Settings.in_deployment(shared), Metrics())
+        await self._enhancer.start()
+
+    async def enhance(self, request: EnhanceRequest) -> Any:
+        """One prompt, enhanced now. Raises `ContentRejected`, `NoTemplate`."""
+        return await self._enhancer.enhance(request)
+
+    def check_health(self) -> None:
+        """Serve's health check."""
+        fault = self._enhancer.health()
+        if fault is not None:
+            raise Unhealthy(fault)
+
+    async def __del__(self) -> None:
+        await self._enhancer.stop(self._enhancer.settings.drain_seconds)
+
+
+class _Duty:
+    """A loop in the background with its own connections."""
+
+    async def _open(self, shared: dict[str, Any], name: str) -> None:
+        configure_logs()
+        self.settings = Settings.in_deployment(shared)
+        self.url = await asyncio.to_thread(self.settings.postgres)
+        self.pool = await open_pool(self.url, role=WORKER_ROLE, max_size=8, name=name)
+        self.stopping = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+
+    def check_health(self) -> None:
+        """Serve's health check: the loop must live."""
+        if self.task is None or self.task.done():
+            raise Unhealthy("the loop has ended")
+
+    async def _close(self) -> None:
+        self.stopping.set()
+        if self.task is not None:
+            with contextlib.suppress(asyncio.CancelledError, TimeoutError):
+                await asyncio.wait_for(self.task, STOP_MARGIN_SECONDS)
+        await self.pool.close()
+
+
+class CallbackDeliverer(_Duty):
+    """Sends what the outbox holds."""
+
+    async def __init__(self, shared: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        await self._open(shared, "ourvidz callbacks")
+        settings = self.settings
+        self._deliverer = Deliverer(
+            Callbacks(self.pool),
+            Egress(settings.egress_policy()),
+            CallbackSecrets(settings.secret("callback_secret")),
+            concurrency=settings.callback_concurrency,
+            schedule=settings.callback_schedule,
+            observe=Metrics().callback_sent,
+        )
+        self._listener = Listener(self.url, QUEUE_CHANNEL, self._heard, role=WORKER_ROLE)
+        self._listener.start()
+        self.task = asyncio.create_task(self._deliverer.run(self.stopping))
+
+    def _heard(self, payload: str) -> None:
+        if payload in ("", "callbacks"):
+            self._deliverer.wake()
+
+    async def __del__(self) -> None:
+        await self._listener.close()
+        await self._close()
+
+
+class UpkeepDuty(_Duty):
+    """Looks after leases, deadlines, delays and retention."""
+
+    async def __init__(self, shared: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        await self._open(shared, "ourvidz upkeep")
+        self._notifier = Notifier(self.pool)
+        upkeep = Upkeep(Queue(self.pool), self._notifier, self.settings.event_retention_days)
+        self.task = asyncio.create_task(upkeep.run(self.settings.upkeep_seconds, self.stopping))
+
+    async def __del__(self) -> None:
+        await self._notifier.close()
+        await self._close()

@@ -1,0 +1,159 @@
+"""From a generation to stored files: encode, look at what was encoded, put it into the object store.
+
+Files go under a key with the attempt in it, before any row speaks of them; so a late replica can't overwrite the
+winner's file, and what a loser left is found by its key.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID, uuid4
+
+import structlog
+
+from db.blobs import BlobStore, StorageUnavailable, UrlSigner
+from db.queue import Claim, NewAsset
+from models.engine import Generation, GenerationError
+from models.media import encode_mp4, encode_png, probe, thumbnail
+
+log = structlog.get_logger()
+
+BUCKET = "workspace-temp"
+
+
+class StorageFailed(GenerationError):
+    """The object store did not take the files. Nothing was made known; the job can be run again."""
+
+    code = "storage_unavailable"
+    retryable = True
+
+
+@dataclass(frozen=True)
+class EncodedFile:
+    """One output as bytes, with its thumbnail and the facts that decoding showed."""
+
+    asset_type: str
+    extension: str
+    data: bytes
+    thumbnail: bytes
+    facts: Any
+    seed: int
+
+
+def encode(generation: Generation, model_name: str) -> list[EncodedFile]:
+    """Encode what a model made. Blocking; run it off the event loop."""
+    settings = generation.settings
+    if generation.frames is not None:
+        data = encode_mp4(generation.frames, generation.fps or 16)
+        return [EncodedFile("video", "mp4", data, thumbnail(generation.frames), probe(data), generation.seeds[0])]
+    files = []
+    for index, image in enumerate(generation.images or []):
+        seed = generation.seeds[index]
+        about = {k: v for k, v in settings.items() if k not in ("prompt", "negative_prompt")} | {"seed": seed}
+        text = {"Software": "ourvidz-serve", "Model": model_name, "Parameters": json.dumps(about, default=str)}
+        data = encode_png(image, text)
+        files.append(EncodedFile("image", "png", data, thumbnail(image), probe(data), seed))
+    return files
+
+
+class Storing:
+    """Puts encoded files into the object store and describes them."""
+
+    def __init__(self, blobs: BlobStore, signer: UrlSigner, callback_url_seconds: int) -> None:
+        self._blobs, self._signer, self._url_seconds = blobs, signer, callback_url_seconds
+
+    async def put(
+        self,
+        claim: Claim,
+        files: Sequence[EncodedFile],
+        settings: dict[str, Any],
+        model_name: str,
+        stop: Callable[[], None],
+    ) -> list[NewAsset]:
+        """Store the files of one attempt; `stop` is called between them and may raise. Raises `StorageFailed`."""
+        prefix = attempt_prefix(claim.job["user_id"], claim.job_id, claim.attempt)
+        assets = []
+        for index, file in enumerate(files):
+            key, thumbnail_key = f"{prefix}{index}.{file.extension}", f"{prefix}{index}.thumb.webp"
+            stop()
+            await self._put(key, file.data, file.facts.mime_type)
+            await self._put(thumbnail_key, file.thumbnail, "image/webp")
+            assets.append(
+                NewAsset(
+                    id=uuid4(),
+                    asset_index=index,
+                    asset_type=file.asset_type,
+                    key=key,
+                    thumbnail_key=thumbnail_key,
+                    mime_type=file.facts.mime_type,
+                    file_size_bytes=file.facts.size_bytes,
+                    width=file.facts.width,
+                    height=file.facts.height,
+                    frames=file.facts.frames,
+                    fps=file.facts.fps,
+                    duration_seconds=file.facts.duration_seconds,
+                    seed=file.seed,
+                    model_used=model_name,
+                    settings=settings,
+                )
+            )
+        stop()
+        return assets
+
+    async def _put(self, key: str, data: bytes, mime_type: str) -> None:
+        for wait in (0.2, 1.0, 3.0, None):
+            try:
+                await self._blobs.put(BUCKET, key, data, mime_type)
+                return
+            except StorageUnavailable as error:
+                if wait is None:
+                    raise StorageFailed("the object store refused a file") from error
+                log.warning("store_retried", key=key)
+                await asyncio.sleep(wait)
+
+    async def discard(self, claim: Claim) -> None:
+        """Delete what this attempt stored, because nothing will speak of it. Best effort; a sweep finds the rest."""
+        prefix = attempt_prefix(claim.job["user_id"], claim.job_id, claim.attempt)
+        try:
+            keys = [info.key async for info in self._blobs.list(BUCKET, prefix)]
+            await self._blobs.delete(BUCKET, keys)
+        except StorageUnavailable:
+            log.warning("discard_failed", job_id=str(claim.job_id), attempt=claim.attempt)
+
+    def references(self, assets: Sequence[NewAsset]) -> list[dict[str, Any]]:
+        """The assets as a callback carries them: where they lie, a signed URL, and facts. Never media."""
+        return [
+            {
+                "id": str(asset.id),
+                "type": asset.asset_type,
+                "bucket": BUCKET,
+                "key": asset.key,
+                "url": self._signer.sign(BUCKET, asset.key, self._url_seconds),
+                "thumbnail_key": asset.thumbnail_key,
+                "thumbnail_url": self._signer.sign(BUCKET, asset.thumbnail_key, self._url_seconds)
+                if asset.thumbnail_key
+                else None,
+                "metadata": {
+                    "asset_index": asset.asset_index,
+                    "mime_type": asset.mime_type,
+                    "format": asset.key.rpartition(".")[2],
+                    "width": asset.width,
+                    "height": asset.height,
+                    "frames": asset.frames,
+                    "fps": asset.fps,
+                    "duration_seconds": asset.duration_seconds,
+                    "file_size_bytes": asset.file_size_bytes,
+                    "seed": asset.seed,
+                    "steps": asset.settings.get("steps"),
+                    "guidance_scale": asset.settings.get("guidance_scale"),
+                },
+            }
+            for asset in assets
+        ]
+
+
+def attempt_prefix(user_id: object, job_id: UUID, attempt: int) -> str:
+    """Where the files of one attempt lie in the bucket `workspace-temp`."""
+    return f"{user_id}/{job_id}/{attempt}/"

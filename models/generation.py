@@ -1,0 +1,161 @@
+"""A generation: what a model is asked, what it gives back, how it reports meanwhile, and how it can fail.
+
+What can go wrong, with the `code` that clients see::
+
+    GenerationError
+    ├── Cancelled           cancelled           the caller, or a closing engine, stopped it at a step boundary
+    ├── InvalidInput        invalid_input       this request can't be run by this model; trying again is useless
+    ├── OutOfMemory         oom                 the device had not enough memory; its caches were given back
+    ├── ModelLoadFailed     model_load_failed   weights missing or unreadable, or the model does not fit
+    ├── GenerationFailed    generation_failed   anything else that the pipeline raised
+    └── DeviceBroken        device_broken       the accelerator's context is lost; only a new process helps
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from models.params import GenerationParams
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+Phase = Literal["waiting", "encode", "denoise", "decode", "encode_media", "done"]
+
+
+class GenerationError(Exception):
+    """A generation ended without a result. `message` never holds a prompt; `retryable` says if it may work later."""
+
+    code: ClassVar[str]
+    retryable: ClassVar[bool]
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class Cancelled(GenerationError):
+    code = "cancelled"
+    retryable = False
+
+
+class InvalidInput(GenerationError):
+    code = "invalid_input"
+    retryable = False
+
+
+class OutOfMemory(GenerationError):
+    code = "oom"
+    retryable = True
+
+
+class ModelLoadFailed(GenerationError):
+    code = "model_load_failed"
+    retryable = True
+
+
+class GenerationFailed(GenerationError):
+    code = "generation_failed"
+    retryable = True
+
+
+class DeviceBroken(GenerationError):
+    code = "device_broken"
+    retryable = True
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One job as the model sees it. `reference` holds the encoded bytes of `params.reference`, if there is one."""
+
+    job_id: str
+    params: GenerationParams
+    reference: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a model made: `images`, or `frames` of a video (F, H, W, 3; uint8) at `fps` frames a second.
+
+    `seeds` holds the seed of each image (one for a video). `settings` says what was really used, fall-backs
+    included. `timings_ms` has the wall time of "encode", "denoise", "decode" and "total", measured.
+    """
+
+    images: list[Image] | None
+    frames: np.ndarray[Any, np.dtype[np.uint8]] | None
+    fps: int | None
+    seeds: list[int]
+    settings: dict[str, Any]
+    timings_ms: dict[str, float]
+
+
+class Control(Protocol):
+    """How a running generation reports; both calls raise `Cancelled` when it should stop."""
+
+    def step(self, done: int, of: int) -> None: ...
+
+    def phase(self, name: Phase) -> None: ...
+
+
+class Model(Protocol):
+    """A family's pipeline around loaded weights. All calls come from one thread."""
+
+    loaded: bool
+    model_name: str
+    revision: str | None
+    device: str
+
+    def load(self) -> None:
+        """Raises `ModelLoadFailed`."""
+
+    def warm_up(self) -> None: ...
+
+    def generate(self, request: GenerationRequest, control: Control) -> Generation:
+        """Raises a `GenerationError`; any other exception counts as `GenerationFailed`."""
+
+
+_DEVICE_FAULTS: Mapping[str, type[GenerationError]] = {
+    "out of memory": OutOfMemory,
+    "CUBLAS_STATUS_ALLOC_FAILED": OutOfMemory,
+    "CUDA error": DeviceBroken,
+    "device-side assert": DeviceBroken,
+    "CUDNN_STATUS_EXECUTION_FAILED": DeviceBroken,
+}
+
+
+def as_generation_error(error: BaseException) -> GenerationError:
+    """What an exception of a library means here.
+
+    Only texts of torch's own errors are kept; any other exception is named by type and place, because its text
+    might repeat a prompt.
+    """
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return OutOfMemory(_first_line(error) or "not enough memory")
+    if isinstance(error, RuntimeError):
+        for sign, kind in _DEVICE_FAULTS.items():
+            if sign in str(error):
+                return kind(_first_line(error))
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {PurePath(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return GenerationFailed(f"{type(error).__name__}{place}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:300]
+
+
+def release_device_memory() -> None:
+    """Gives cached blocks back to the device after a failure."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

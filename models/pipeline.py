@@ -1,0 +1,247 @@
+"""What SDXL and WAN have in common: loading a diffusers pipeline onto a device and running one request on it.
+
+Each request gets a shallow copy of the pipeline with a scheduler of its own: schedulers keep state from
+`set_timesteps` on (`init_noise_sigma`, the history of multistep solvers), and the pipelines keep the guidance of
+the current call as attributes. Weights are shared by all copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.metadata
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from models.generation import (
+    Control,
+    Generation,
+    GenerationRequest,
+    InvalidInput,
+    ModelLoadFailed,
+    Phase,
+)
+from models.params import GenerationParams
+from models.profile import ModelSpec
+
+SEED_RANGE = 2**63
+_LIBRARIES = ("torch", "diffusers", "transformers")
+
+
+class PipelineModel(ABC):
+    """A `models.generation.Model` around one diffusers pipeline. `loaded` is False until `load` has returned.
+
+    `weights` is a folder, a checkpoint file or a repository name; see `models.profile.resolve_weights`.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: Path | str) -> None:
+        self.spec = spec
+        self.weights = weights
+        self.model_name = spec.model_name
+        self.revision = spec.revision
+        self.device: str = spec.device
+        self.loaded = False
+        self._pipeline: Any = None
+
+    def load(self) -> None:
+        """Loads the weights onto the device, downloading them if they are not here. Raises `ModelLoadFailed`."""
+        import torch
+
+        quiet_libraries()
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ModelLoadFailed(f"{self.model_name}: the profile asks for a CUDA device and there is none")
+        if self.device == "cpu" and (self.spec.dtype == "float16" or self.spec.offload != "none"):
+            raise ModelLoadFailed(f"{self.model_name}: float16 and offload need a card")
+        if isinstance(self.weights, Path) and not self.weights.exists():
+            raise ModelLoadFailed(f"{self.model_name}: there is nothing at {self.weights}")
+        try:
+            pipeline = self._load_pipeline(getattr(torch, self.spec.dtype))
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelLoadFailed(f"{self.model_name}: {type(error).__name__}: {error}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        for component in pipeline.components.values():
+            if isinstance(component, torch.nn.Module):
+                component.eval()
+        if self.spec.vae_slicing:
+            pipeline.vae.enable_slicing()
+        if self.spec.offload == "model":
+            pipeline.enable_model_cpu_offload(device=self.device)
+        else:
+            pipeline.to(self.device)
+        self._pipeline = pipeline
+        self.loaded = True
+
+    def warm_up(self) -> None:
+        """One step at the default size, so that the first job does not pay for lazy initialisation."""
+        defaults = self.spec.defaults
+        assert defaults is not None  # a spec of a media family always has them
+        params = GenerationParams(
+            prompt="warm up",
+            seed=0,
+            num_images=1,
+            width=defaults.width,
+            height=defaults.height,
+            frames=1,
+            steps=1,
+            guidance_scale=defaults.guidance.fast,
+            scheduler=defaults.scheduler,
+            shift=defaults.shift,
+        )
+        self.generate(GenerationRequest("warm-up", params), _Unwatched())
+
+    def generate(self, request: GenerationRequest, control: Control) -> Generation:
+        """Runs one request to its pictures. Raises `InvalidInput` before any work where it can't be run."""
+        import torch
+
+        if not self.loaded:
+            raise ModelLoadFailed(f"{self.model_name} is not loaded")
+        if request.params.seed is None:
+            raise InvalidInput("the request has no seed")
+        with torch.no_grad(), self._attention():
+            watch = Stopwatch(control, self.device)
+            try:
+                return self._generate(request, watch)
+            except BaseException:
+                self._abandon()
+                raise
+            finally:
+                if self.spec.offload != "none":
+                    # the request's copy took the hooks over; put them back on the pipeline that stays
+                    self._pipeline.maybe_free_model_hooks()
+
+    @abstractmethod
+    def _load_pipeline(self, dtype: Any) -> Any:
+        """The diffusers pipeline with its weights in host memory."""
+
+    @abstractmethod
+    def _generate(self, request: GenerationRequest, watch: Stopwatch) -> Generation:
+        """The family's own way from a request to pictures."""
+
+    def _abandon(self) -> None:
+        """Called when a generation ended by an exception; lets go of what it left inside the modules."""
+        return
+
+    def _copy(self, pipeline: Any, scheduler: Any) -> Any:
+        own = copy.copy(pipeline)
+        own.scheduler = scheduler
+        return own
+
+    def _attention(self) -> contextlib.AbstractContextManager[Any]:
+        """Scaled dot product attention with the spec's kernel first; the others stay for shapes it can't do."""
+        if self.spec.attention == "default":
+            return contextlib.nullcontext()
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        kernels = {
+            "cudnn": SDPBackend.CUDNN_ATTENTION,
+            "flash": SDPBackend.FLASH_ATTENTION,
+            "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        }
+        wanted = kernels.pop(self.spec.attention)
+        order = [wanted, *kernels.values(), SDPBackend.MATH]
+        context: contextlib.AbstractContextManager[Any] = sdpa_kernel(order, set_priority=True)
+        return context
+
+    def _public_source(self) -> str:
+        """The repository, or the last part of a local path: callers need not know the folders of the server."""
+        local = Path(self.spec.source).expanduser()
+        return local.name if local.exists() else self.spec.source
+
+    def _settings(self, pipeline: Any, params: GenerationParams) -> dict[str, Any]:
+        """The part of a generation's settings that every family records."""
+        return {
+            "model": self.model_name,
+            "source": self._public_source(),
+            "revision": self.revision,
+            "pipeline": type(pipeline).__name__,
+            "width": params.width,
+            "height": params.height,
+            "num_images": params.num_images,
+            "frames": params.frames,
+            "steps": params.steps,
+            "guidance_scale": params.guidance_scale,
+            "negative_prompt_used": bool(params.negative_prompt) and params.guidance_scale > 1,
+            "scheduler": params.scheduler,
+            "scheduler_class": type(pipeline.scheduler).__name__,
+            "seed": params.seed,
+            "device": self.device,
+            "dtype": self.spec.dtype,
+            "offload": self.spec.offload,
+            "attention": self.spec.attention,
+            "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        }
+
+
+class Stopwatch:
+    """Measures the phases of one generation while it reports them to the caller's `Control`."""
+
+    def __init__(self, control: Control, device: str) -> None:
+        self._control = control
+        self._device = device
+        self._phase: str | None = None
+        self._started = self._phase_started = time.perf_counter()
+        self._timings_ms: dict[str, float] = {}
+
+    def phase(self, name: Phase) -> None:
+        self._close_phase()
+        self._phase = name
+        self._control.phase(name)
+
+    def on_step_end(self, pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The `callback_on_step_end` of every diffusers pipeline; the decode begins after the last step."""
+        done, of = index + 1, pipeline.num_timesteps
+        self._control.step(done, of)
+        if done == of:
+            self.phase("decode")
+        return tensors
+
+    def stop(self) -> dict[str, float]:
+        """Wall time in milliseconds of each phase and of the whole."""
+        self._close_phase()
+        total = (time.perf_counter() - self._started) * 1000
+        return {**self._timings_ms, "total": round(total, 3)}
+
+    def _close_phase(self) -> None:
+        if self._device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()  # kernels run behind; without this the last phase pays for all
+        now = time.perf_counter()
+        if self._phase is not None:
+            self._timings_ms[self._phase] = round((now - self._phase_started) * 1000, 3)
+        self._phase, self._phase_started = None, now
+
+
+class _Unwatched:
+    """The `Control` of a warm-up: nobody looks and nobody cancels."""
+
+    def step(self, done: int, of: int) -> None:
+        return None
+
+    def phase(self, name: Phase) -> None:
+        return None
+
+
+def quiet_libraries() -> None:
+    """Switches off the progress bars of diffusers and transformers, which would be written into the log."""
+    import diffusers.utils
+    import transformers.utils
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def seeds_from(seed: int, count: int) -> list[int]:
+    """The seed of each image of a batch: seed, seed + 1, ..., wrapping to 0 after the largest."""
+    return [(seed + number) % SEED_RANGE for number in range(count)]
+
+
+def generators(seeds: list[int]) -> list[Any]:
+    """One generator for each seed. On the CPU also for a card, so that the noise does not depend on the hardware."""
+    import torch
+
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]

@@ -1,0 +1,196 @@
+"""SDXL: images from text, or from text and a reference image, in batches of up to six.
+
+A request runs through the stock pipelines of diffusers, so its pixels are those of the stock pipeline with the
+same parameters. Image i of a batch has a generator of its own with seed + i.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from models.generation import Generation, GenerationFailed, GenerationRequest, InvalidInput
+from models.media import open_reference
+from models.params import GenerationParams
+from models.pipeline import PipelineModel, Stopwatch, generators, seeds_from
+from models.profile import ModelSpec
+from models.weighting import Weighting, WeightingFailed
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = structlog.get_logger()
+
+MAX_REFERENCE_BYTES = 32 * 1024 * 1024
+MAX_REFERENCE_PIXELS = 50_000_000
+
+SCHEDULERS = {
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "heun": "HeunDiscreteScheduler",
+}
+
+
+class SDXL(PipelineModel):
+    """A `models.generation.Model` for Stable Diffusion XL and checkpoints of its architecture."""
+
+    def __init__(self, spec: ModelSpec, weights: Path | str) -> None:
+        super().__init__(spec, weights)
+        self._image_to_image: Any = None
+        self._weighting: Weighting | None = None
+
+    def load(self) -> None:
+        from diffusers import StableDiffusionXLImg2ImgPipeline
+
+        super().load()
+        pipeline = self._pipeline
+        self._image_to_image = StableDiffusionXLImg2ImgPipeline(
+            **pipeline.components,
+            force_zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt,
+            add_watermarker=False,
+        )
+        self._image_to_image.set_progress_bar_config(disable=True)
+        self._weighting = Weighting(pipeline)
+
+    def _load_pipeline(self, dtype: Any) -> Any:
+        from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+
+        # the watermarker would change pixels wherever its package happens to be installed
+        options: dict[str, Any] = {"dtype": dtype, "add_watermarker": False}
+        if self.spec.vae is not None:
+            options["vae"] = AutoencoderKL.from_pretrained(self.spec.vae, dtype=dtype)
+        file = self._checkpoint_file()
+        if file is not None:
+            return StableDiffusionXLPipeline.from_single_file(str(file), **options)
+        return StableDiffusionXLPipeline.from_pretrained(
+            str(self.weights), revision=self.spec.revision, variant=self.spec.variant, **options
+        )
+
+    def _checkpoint_file(self) -> Path | None:
+        """The one file that holds everything, fetched if need be; None for a checkpoint in folders."""
+        if self.spec.single_file is None:
+            return Path(self.weights) if Path(self.weights).is_file() else None
+        if Path(self.weights).is_dir():
+            return Path(self.weights) / self.spec.single_file
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(str(self.weights), self.spec.single_file, revision=self.spec.revision))
+
+    def _generate(self, request: GenerationRequest, watch: Stopwatch) -> Generation:
+        params = request.params
+        if params.frames != 1:
+            raise InvalidInput("SDXL makes images, not video")
+        if (params.reference is None) is not (request.reference is None):
+            raise InvalidInput("a reference needs both its parameters and its bytes")
+        scheduler = self._scheduler(params)
+        seeds = seeds_from(params.seed or 0, params.num_images)
+        own = self._copy(self._pipeline if request.reference is None else self._image_to_image, scheduler)
+        settings = self._settings(own, params) | {"seeds": seeds}
+        arguments: dict[str, Any] = {
+            "num_inference_steps": params.steps,
+            "guidance_scale": params.guidance_scale,
+            "num_images_per_prompt": params.num_images,
+            "generator": generators(seeds),
+            "callback_on_step_end": watch.on_step_end,
+            "output_type": "np",
+        }
+
+        watch.phase("encode")
+        if request.reference is None:
+            arguments |= {"width": params.width, "height": params.height}
+        else:
+            arguments |= self._start_from(request.reference, params, settings)
+        arguments |= self._encode(own, params, settings)
+
+        watch.phase("denoise")
+        images = own(**arguments).images
+        settings["denoise_steps"] = own.num_timesteps
+        return Generation(
+            images=_to_pictures(images),
+            frames=None,
+            fps=None,
+            seeds=seeds,
+            settings=settings,
+            timings_ms=watch.stop(),
+        )
+
+    def _scheduler(self, params: GenerationParams) -> Any:
+        import diffusers
+
+        if params.scheduler not in SCHEDULERS:
+            raise InvalidInput(f"SDXL has no scheduler {params.scheduler!r}")
+        return getattr(diffusers, SCHEDULERS[params.scheduler]).from_config(self._pipeline.scheduler.config)
+
+    def _encode(self, own: Any, params: GenerationParams, settings: dict[str, Any]) -> dict[str, Any]:
+        """Prompt embeddings as arguments of the pipeline: with Compel if asked for, else, or if it fails, plain."""
+        guided = params.guidance_scale > 1
+        # None lets the pipeline use what the checkpoint was trained with (zeros), an empty text would not
+        negative = params.negative_prompt or None if guided else None
+        settings |= {"compel_enabled": params.compel_enabled, "compel_success": None, "fallback_used": False}
+        if params.compel_enabled:
+            assert self._weighting is not None  # made by load()
+            try:
+                weighted = self._weighting.encode(params.prompt, negative, own._execution_device)
+            except WeightingFailed as failure:
+                log.warning("compel_failed", model=self.model_name, reason=failure.reason)
+                settings |= {
+                    "compel_success": False,
+                    "fallback_used": True,
+                    "fallback_reason": f"compel_failed: {failure.reason}; the plain prompt was used",
+                }
+            else:
+                settings |= {"compel_success": True, "prompt_tokens_cut": weighted.tokens_cut}
+                return weighted.arguments
+        settings["prompt_tokens_cut"] = self._tokens_cut(params.prompt)
+        embeds, negative_embeds, pooled, negative_pooled = own.encode_prompt(
+            prompt=params.prompt,
+            negative_prompt=negative,
+            device=own._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+        )
+        return {
+            "prompt_embeds": embeds,
+            "negative_prompt_embeds": negative_embeds,
+            "pooled_prompt_embeds": pooled,
+            "negative_pooled_prompt_embeds": negative_pooled,
+        }
+
+    def _tokens_cut(self, prompt: str) -> int:
+        """How many tokens of the prompt lie outside CLIP's window and have no effect."""
+        tokenizer = self._pipeline.tokenizer
+        tokens = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        return max(0, tokens - int(tokenizer.model_max_length))
+
+    def _start_from(self, data: bytes, params: GenerationParams, settings: dict[str, Any]) -> dict[str, Any]:
+        from PIL import Image, ImageOps
+
+        assert params.reference is not None  # checked by _generate
+        # rounded because 1 - 0.8 is a little less than 0.2, and 25 steps of that would be 4 instead of 5
+        strength = round(1 - params.reference.strength, 6)
+        if int(params.steps * strength) < 1:
+            raise InvalidInput("at this reference strength none of the steps would be run")
+        image = open_reference(data, MAX_REFERENCE_PIXELS, MAX_REFERENCE_BYTES)
+        settings["reference"] = {
+            "strength": params.reference.strength,
+            "denoise_strength": strength,
+            "width": image.width,
+            "height": image.height,
+            "resize_policy": "center_crop",
+        }
+        fitted = ImageOps.fit(image, (params.width, params.height), Image.Resampling.LANCZOS)
+        return {"image": fitted, "strength": strength}
+
+
+def _to_pictures(images: Any) -> list[Image]:
+    """Float images (N, H, W, 3) in 0..1 as PIL images. Raises `GenerationFailed` where the model made NaN."""
+    import numpy as np
+    from PIL import Image
+
+    if not np.isfinite(images).all():
+        raise GenerationFailed("the model made numbers that are not finite (overflow of its dtype?)")
+    return [Image.fromarray(picture) for picture in (images * 255).round().astype("uint8")]

@@ -1,0 +1,129 @@
+"""WAN: video from text, and single images as runs of one frame.
+
+A request runs through the stock pipeline of diffusers, so its frames are those of the stock pipeline with the same
+parameters. The VAE stays in float32, as its documentation in diffusers asks for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from models.generation import Generation, GenerationFailed, GenerationRequest, InvalidInput
+from models.params import GenerationParams
+from models.pipeline import PipelineModel, Stopwatch, generators
+
+MAX_PROMPT_TOKENS = 512
+
+# Those of diffusers whose steps follow a flow-matching schedule, which is what WAN was trained with.
+SCHEDULERS = {
+    "unipc": "UniPCMultistepScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "FlowMatchEulerDiscreteScheduler",
+}
+
+
+class WAN(PipelineModel):
+    """A `models.generation.Model` for WAN 2.1 text-to-video checkpoints."""
+
+    def _load_pipeline(self, dtype: Any) -> Any:
+        import torch
+        from diffusers import WanPipeline
+
+        # given at load: a later .to(dtype) would also cast the layers that from_pretrained keeps in float32
+        dtypes = {"default": dtype, "vae": torch.float32}
+        return WanPipeline.from_pretrained(
+            str(self.weights), revision=self.spec.revision, variant=self.spec.variant, dtype=dtypes
+        )
+
+    def _abandon(self) -> None:
+        # an interrupted decode leaves the feature maps of the frames before
+        self._pipeline.vae.clear_cache()
+
+    def _generate(self, request: GenerationRequest, watch: Stopwatch) -> Generation:
+        params = request.params
+        if params.reference is not None or request.reference is not None:
+            raise InvalidInput("a text-to-video model takes no reference image")
+        if params.num_images != 1:
+            raise InvalidInput("WAN makes one video or one image for a request")
+        if params.frames % 4 != 1 or params.width % 16 or params.height % 16:
+            raise InvalidInput("WAN needs 4n+1 frames and sizes in multiples of 16")
+        own = self._copy(self._pipeline, self._scheduler(params))
+        seed = params.seed or 0
+        settings = self._settings(own, params) | {
+            "seeds": [seed],
+            "shift": params.shift,
+            "vae_dtype": "float32",
+            "prompt_tokens_cut": self._tokens_cut(params.prompt),
+            "fallback_used": False,
+        }
+
+        watch.phase("encode")
+        embeds, negative = own.encode_prompt(
+            prompt=params.prompt,
+            negative_prompt=params.negative_prompt,
+            do_classifier_free_guidance=params.guidance_scale > 1,
+            max_sequence_length=MAX_PROMPT_TOKENS,
+            device=own._execution_device,
+        )
+
+        watch.phase("denoise")
+        frames = own(
+            prompt_embeds=embeds,
+            negative_prompt_embeds=negative,
+            width=params.width,
+            height=params.height,
+            num_frames=params.frames,
+            num_inference_steps=params.steps,
+            guidance_scale=params.guidance_scale,
+            generator=generators([seed])[0],
+            callback_on_step_end=watch.on_step_end,
+            output_type="np",
+        ).frames[0]
+        settings["denoise_steps"] = own.num_timesteps
+        return self._finish(frames, params, settings, watch, seed)
+
+    def _finish(
+        self, frames: Any, params: GenerationParams, settings: dict[str, Any], watch: Stopwatch, seed: int
+    ) -> Generation:
+        import numpy as np
+        from PIL import Image
+
+        if not np.isfinite(frames).all():
+            raise GenerationFailed("the model made numbers that are not finite (overflow of its dtype?)")
+        if len(frames) != params.frames:
+            raise GenerationFailed(f"the model made {len(frames)} frames instead of {params.frames}")
+        frames = (frames * 255).round().astype("uint8")
+        still = params.frames == 1
+        settings["fps"] = None if still else params.fps
+        return Generation(
+            images=[Image.fromarray(frames[0])] if still else None,
+            frames=None if still else frames,
+            fps=None if still else params.fps,
+            seeds=[seed],
+            settings=settings,
+            timings_ms=watch.stop(),
+        )
+
+    def _scheduler(self, params: GenerationParams) -> Any:
+        import diffusers
+
+        if params.scheduler not in SCHEDULERS:
+            raise InvalidInput(f"WAN has no scheduler {params.scheduler!r}")
+        if params.shift is None:
+            raise InvalidInput("WAN needs a timestep shift")
+        if params.frames > 1 and params.fps is None:
+            raise InvalidInput("a video needs a frame rate")
+        kind = getattr(diffusers, SCHEDULERS[params.scheduler])
+        if params.scheduler == "euler":
+            return kind(num_train_timesteps=self._pipeline.scheduler.config.num_train_timesteps, shift=params.shift)
+        return kind.from_config(
+            self._pipeline.scheduler.config,
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=params.shift,
+        )
+
+    def _tokens_cut(self, prompt: str) -> int:
+        """How many tokens of the prompt lie outside the text encoder's window and have no effect."""
+        tokens = self._pipeline.tokenizer(prompt, truncation=False, verbose=False).input_ids
+        return max(0, len(tokens) - MAX_PROMPT_TOKENS)

@@ -1,0 +1,189 @@
+"""/functions/v1: the routes that existing clients of the functions call, in both of their dialects.
+
+Only the wire differs from /v1: what is accepted goes through the same submission. Errors are JSON with the status
+codes that those clients know.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from db.access import Principal
+from db.jobs import canonical_body
+from deployments.prompting import negatives_of
+from models.catalog import FAMILIES, Family, JobType, resolve
+from models.params import ContentMode
+from models.prompts import negative_prompt
+from serve_app.api.auth import EdgeDep, User
+from serve_app.api.bodies import json_object
+from serve_app.api.jobs import IdempotencyKey, owned
+from serve_app.api.problems import Problem
+from serve_app.edge import Edge
+from serve_app.submission import MAX_METADATA_BYTES, Submission, submit
+
+router = APIRouter(prefix="/functions/v1", tags=["functions"])
+
+RATIOS = {"1:1": 1.0, "16:9": 16 / 9, "9:16": 9 / 16, "4:3": 4 / 3, "3:4": 3 / 4, "3:2": 3 / 2, "2:3": 2 / 3}
+
+
+@router.post("/queue-job", operation_id="queueJob")
+async def queue_job(
+    request: Request, edge: EdgeDep, user: User, idempotency_key: IdempotencyKey = None
+) -> dict[str, Any]:
+    """Queue a job: `{job_type, prompt, …}` or `{jobType, metadata: {prompt, …}}`. The answer suits both dialects."""
+    body = await json_object(request)
+    legacy = "jobType" in body
+    metadata = body.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise Problem(400, "type", "must be an object", field="metadata")
+    if len(canonical_body(metadata)) > MAX_METADATA_BYTES:
+        raise Problem(400, "length", f"may have at most {MAX_METADATA_BYTES} bytes", field="metadata")
+    name = body.get("jobType") if legacy else body.get("job_type")
+    if not isinstance(name, str) or not name:
+        raise Problem(400, "missing", "is required", field="jobType" if legacy else "job_type")
+    job_type = resolve(name)
+    asked = await _submission(edge, job_type, body, metadata)
+    accepted = await submit(edge, user, asked, idempotency_key=idempotency_key, body=canonical_body(body))
+    return await _answer(edge, user, job_type, accepted.job_id)
+
+
+async def _submission(
+    edge: Edge, job_type: JobType, body: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> Submission:
+    def either(*names: str) -> Any:
+        """The first of these that is given, at the top level before the metadata. A seed of 0 is given."""
+        for place in (body, metadata):
+            for name in names:
+                if place.get(name) is not None:
+                    return place[name]
+        return None
+
+    reference = metadata.get("reference_image_url") or body.get("reference_image_url")
+    for name in ("start_reference_url", "end_reference_url"):
+        if metadata.get(name):
+            message = "this profile's video model takes no reference frames"
+            raise Problem(503, "reference_type_unavailable", message, field=f"metadata.{name}")
+    prompt = either("prompt", "original_prompt", "originalPrompt")
+    given: dict[str, Any] = {
+        "prompt": prompt,
+        "seed": either("seed"),
+        "num_images": either("num_images"),
+        "steps": either("steps"),
+        "guidance_scale": either("guidance_scale"),
+        "compel_enabled": either("compel_enabled"),
+        "content_mode": _content_mode(either("contentType", "content_type")),
+    }
+    strength = None
+    if reference:
+        denoise = either("denoise_strength")
+        strength = either("reference_strength") if denoise is None else _strength(denoise)
+        copy = bool(metadata.get("exact_copy_mode")) and not prompt and not metadata.get("originalEnhancedPrompt")
+        presets = (0.95, 1.0, 15) if copy else (0.80, 6.0, 20)
+        strength = presets[0] if strength is None else strength
+        if copy:
+            given["guidance_scale"] = presets[1]
+        else:
+            given["guidance_scale"] = presets[1] if given["guidance_scale"] is None else given["guidance_scale"]
+        given["steps"] = presets[2] if given["steps"] is None else given["steps"]
+    given |= _size(edge, job_type, either("aspect_ratio"))
+    given["negative_prompt"] = await _negative(edge, job_type, given, either("negative_prompt"), bool(reference))
+    enhanced = body.get("enhanced_prompt") or body.get("enhancedPrompt")
+    skip = bool(metadata.get("skip_enhancement")) or metadata.get("enhancement_model") == "none"
+    return Submission(
+        job_type=job_type.name,
+        given=given,
+        enhance=bool(metadata.get("user_requested_enhancement")) and not skip,
+        enhanced_prompt=enhanced if isinstance(enhanced, str) and enhanced != prompt else None,
+        reference_url=reference if isinstance(reference, str) else None,
+        reference_strength=strength,
+        callback_url=either("callback_url"),
+        destination="library" if metadata.get("destination") == "library" else "workspace",
+        metadata=metadata,
+    )
+
+
+def _content_mode(value: Any) -> str | None:
+    # in the older dialect `content_type` is the format of the output
+    return value if value in ("sfw", "nsfw") else None
+
+
+def _strength(denoise: Any) -> float:
+    if isinstance(denoise, bool) or not isinstance(denoise, int | float) or not 0 <= denoise <= 1:
+        raise Problem(400, "range", "must be between 0 and 1", field="denoise_strength")
+    return round(1 - float(denoise), 6)
+
+
+def _size(edge: Edge, job_type: JobType, ratio: Any) -> dict[str, int]:
+    """The family's size that is nearest to an aspect ratio."""
+    if ratio is None:
+        return {}
+    if ratio not in RATIOS:
+        raise Problem(400, "choice", f"must be one of {', '.join(RATIOS)}", field="metadata.aspect_ratio")
+    spec = edge.settings.loaded_profile.models.get(job_type.family)
+    if spec is None or spec.defaults is None:
+        return {}  # the submission refuses the job type itself
+    width, height = min(
+        spec.defaults.sizes, key=lambda size: (abs(math.log(size[0] / size[1] / RATIOS[ratio])), -size[0] * size[1])
+    )
+    return {"width": width, "height": height}
+
+
+async def _negative(
+    edge: Edge, job_type: JobType, given: Mapping[str, Any], own: Any, from_reference: bool
+) -> str | None:
+    """The operator's presets and the caller's own words, for SDXL; other families get the caller's own only."""
+    guidance = given["guidance_scale"]
+    if isinstance(guidance, int | float) and guidance <= 1:
+        return None  # nothing would come of it, and the caller did not choose the presets
+    if job_type.family is not Family.SDXL or not isinstance(given["prompt"], str):
+        return own if own is None or isinstance(own, str) else str(own)
+    presets = negatives_of(await edge.prompts.negatives())
+    mode: ContentMode = "nsfw" if given["content_mode"] == "nsfw" else "sfw"
+    text = str(own) if own else ""
+    return negative_prompt(
+        job_type.family, given["prompt"], text, mode, "i2i" if from_reference else "txt2img", presets
+    )
+
+
+async def _answer(edge: Edge, user: Principal, job_type: JobType, job_id: Any) -> dict[str, Any]:
+    record = await owned(edge, user, job_id)
+    row, facts = record.job, FAMILIES[job_type.family]
+    depth = sum(d.jobs for d in await edge.queue.depth() if d.queue == (record.queue or {}).get("queue"))
+    return {
+        "success": True,
+        "jobId": row["id"],
+        "job_id": row["id"],
+        "status": row["status"],
+        "queueName": facts.legacy_queue,
+        "queue": facts.legacy_queue,
+        "message": "Job queued successfully",
+        "job": {
+            "id": row["id"],
+            "user_id": row["user_id"],
+            "job_type": row["job_type"],
+            "format": row["format"],
+            "quality": row["quality"],
+            "model_type": row["model_type"],
+            "status": row["status"],
+            "created_at": row["created_at"],
+            "metadata": row["metadata"],
+            "params": row["params"],
+        },
+        "jobType": row["job_type"],
+        "queueLength": depth,
+        "modelVariant": facts.legacy_variant,
+        "isSDXL": job_type.family is Family.SDXL,
+        "negativePromptSupported": True,
+        "adjustments": row["adjustments"],
+        "fixes_applied": [],
+        "debug": {
+            "userId": row["user_id"],
+            "hasPrompt": bool(row["original_prompt"]),
+            "promptLength": len(row["original_prompt"]),
+            "promptWordCount": len(row["original_prompt"].split()),
+            "hasNegativePrompt": bool(row["params"]["negative_prompt"]),
+            "timestamp": row["created_at"],
+        },
+    }

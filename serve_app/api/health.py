@@ -1,0 +1,84 @@
+"""/healthz, /readyz, /metrics and the operators' look at queues and workers."""
+
+import asyncio
+from datetime import UTC, datetime
+from typing import Any
+
+import asyncpg
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
+
+from db.pool import CONNECTION_FAULTS
+from serve_app.api.auth import Admin, EdgeDep
+from serve_app.edge import Edge
+from serve_app.version import VERSION
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz", operation_id="health")
+async def health() -> dict[str, str]:
+    """This process answers. It says nothing of anything else."""
+    return {"status": "ok", "version": VERSION}
+
+
+@router.get("/readyz", operation_id="ready")
+async def ready(edge: EdgeDep, response: Response) -> dict[str, Any]:
+    """Whether jobs can be taken and run: 503 without the database or without a live replica for each model."""
+    wanted = [family.value for family in edge.settings.loaded_profile.models]
+    try:
+        workers = await edge.workers.list(within_seconds=max(30.0, 4 * edge.settings.renew_seconds))
+    except (*CONNECTION_FAULTS, asyncpg.PostgresError):
+        response.status_code = 503
+        return {"ready": False, "database": "unavailable", "models": {}}
+    models = {}
+    for family in wanted:
+        states = [worker.state for worker in workers if worker.queue == family and worker.state != "stopped"]
+        models[family] = {"ready": "ready" in states, "replicas": len(states), "states": sorted(set(states))}
+    everything = all(model["ready"] for model in models.values())
+    if not everything:
+        response.status_code = 503
+    return {"ready": everything, "database": "ok", "models": models}
+
+
+@router.get("/metrics", operation_id="metrics", response_class=Response)
+async def metrics(edge: EdgeDep) -> Response:
+    """For Prometheus: what Postgres says now, so that every replica of the API answers the same. What is counted inside
+    processes is exported by Ray, as `ray_ourvidz_…`."""
+    return Response(generate_latest(await _registry(edge)), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/v1/queues", operation_id="listQueues", tags=["operations"])
+async def list_queues(edge: EdgeDep, admin: Admin) -> dict[str, Any]:
+    """What is open, per queue and state."""
+    return {"data": [vars(depth) for depth in await edge.queue.depth()]}
+
+
+@router.get("/v1/workers", operation_id="listWorkers", tags=["operations"])
+async def list_workers(edge: EdgeDep, admin: Admin) -> dict[str, Any]:
+    """The replicas seen within the last minute."""
+    return {"data": [vars(worker) for worker in await edge.workers.list()]}
+
+
+async def _registry(edge: Edge) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    jobs = Gauge("ourvidz_jobs", "Open jobs.", ("queue", "state"), registry=registry)
+    seconds = Gauge("ourvidz_queued_seconds", "Predicted work of open jobs.", ("queue", "state"), registry=registry)
+    oldest = Gauge("ourvidz_oldest_queued_seconds", "Age of the oldest waiting job.", ("queue",), registry=registry)
+    workers = Gauge("ourvidz_workers", "Replicas seen lately.", ("queue", "state"), registry=registry)
+    due = Gauge("ourvidz_callbacks_due", "Callbacks that wait to be delivered.", registry=registry)
+    info = Gauge("ourvidz_build_info", "The version that answers.", ("version",), registry=registry)
+    info.labels(VERSION).set(1)
+    depth, alive, callbacks = await asyncio.gather(
+        edge.queue.depth(), edge.workers.list(within_seconds=30), edge.callbacks.due_count()
+    )
+    now = datetime.now(UTC)
+    for row in depth:
+        jobs.labels(row.queue, row.state).set(row.jobs)
+        seconds.labels(row.queue, row.state).set(row.cost_seconds)
+        if row.state == "ready":
+            oldest.labels(row.queue).set(max((now - row.oldest).total_seconds(), 0))
+    for worker in alive:
+        workers.labels(worker.queue, worker.state).inc()
+    due.set(callbacks)
+    return registry

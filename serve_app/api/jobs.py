@@ -1,0 +1,171 @@
+"""/v1/jobs: submit, list, read, cancel, retry."""
+
+from datetime import datetime
+from typing import Annotated, Literal
+from uuid import UUID
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import RedirectResponse
+
+from db.access import Principal
+from db.jobs import JobRecord, Stage, Status, canonical_body
+from db.pool import as_user
+from models.catalog import Family, resolve
+from models.params import GivenParams
+from serve_app.api.auth import EdgeDep, User
+from serve_app.api.problems import Problem
+from serve_app.api.views import job_view
+from serve_app.api.wire import Job, JobPage, JobRequest
+from serve_app.edge import Edge
+from serve_app.submission import ENHANCE_SECONDS, MAX_METADATA_BYTES, Submission, predicted_seconds, submit
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+IdempotencyKey = Annotated[
+    str | None, Header(min_length=1, max_length=255, description="Repeats of a request with one key make one job.")
+]
+PARAMETERS = tuple(set(GivenParams.model_fields) - {"reference"})
+
+
+@router.post("", status_code=202, operation_id="createJob", response_model=Job)
+async def create_job(
+    body: JobRequest,
+    request: Request,
+    response: Response,
+    edge: EdgeDep,
+    user: User,
+    idempotency_key: IdempotencyKey = None,
+) -> Job:
+    """Accept a job. It is durable when this answers; follow it at `urls.self` or `urls.events`."""
+    if len(canonical_body(body.metadata)) > MAX_METADATA_BYTES:
+        raise Problem(422, "length", f"may have at most {MAX_METADATA_BYTES} bytes of JSON", field="metadata")
+    asked = Submission(
+        job_type=body.job_type,
+        given={name: getattr(body, name) for name in PARAMETERS},
+        enhance=body.enhance,
+        reference_url=body.reference_image_url,
+        reference_strength=body.reference_strength,
+        reference_kind=body.reference_type,
+        callback_url=body.callback_url,
+        callback_events=list(body.callback_events) if body.callback_events else None,
+        interactive=body.priority == "interactive",
+        start_after_seconds=body.start_after_seconds,
+        start_deadline_seconds=body.start_deadline_seconds,
+        deadline_seconds=body.deadline_seconds,
+        destination=body.destination,
+        metadata=body.metadata,
+        traceparent=request.headers.get("traceparent"),
+    )
+    accepted = await submit(
+        edge, user, asked, idempotency_key=idempotency_key, body=canonical_body(body.model_dump(exclude_unset=True))
+    )
+    job = await read_job(edge, user, accepted.job_id)
+    response.headers["Location"] = job.urls.self
+    if accepted.replayed:
+        response.status_code = 200
+        response.headers["Idempotency-Replayed"] = "true"
+    return job
+
+
+@router.get("", operation_id="listJobs")
+async def list_jobs(
+    edge: EdgeDep,
+    user: User,
+    status: Literal["queued", "processing", "completed", "failed", "cancelled"] | None = None,
+    job_type: str | None = None,
+    created_after: datetime | None = None,
+    before: Annotated[UUID | None, Query(description="Older than this job.")] = None,
+    after: Annotated[UUID | None, Query(description="Newer than this job.")] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> JobPage:
+    """Your jobs, newest first. Staff see everybody's in the portal, not here."""
+    async with as_user(edge.pool, user.user_id) as connection:
+        records = await edge.jobs.list_page(
+            connection,
+            user_id=user.user_id,
+            status=status,
+            job_type=job_type,
+            created_after=created_after,
+            before=before,
+            after=after,
+            page_size=limit + 1,
+        )
+    more = len(records) > limit
+    page = records[1:] if more and after is not None and before is None else records[:limit]
+    data = [view(edge, record) for record in page]
+    return JobPage(
+        data=data, first_id=data[0].id if data else None, last_id=data[-1].id if data else None, has_more=more
+    )
+
+
+@router.get("/{job_id}", operation_id="getJob")
+async def get_job(job_id: UUID, edge: EdgeDep, user: User) -> Job:
+    """One of your jobs."""
+    return await read_job(edge, user, job_id)
+
+
+@router.post("/{job_id}/cancel", operation_id="cancelJob")
+async def cancel_job(job_id: UUID, edge: EdgeDep, user: User) -> Job:
+    """Stop a job: a waiting one at once, a running one at its next step. Repeating it changes nothing."""
+    await owned(edge, user, job_id)
+    await edge.queue.cancel(job_id)
+    edge.notifier.job(job_id)
+    edge.notifier.queue("callbacks")
+    return await read_job(edge, user, job_id)
+
+
+@router.post("/{job_id}/retry", status_code=202, operation_id="retryJob")
+async def retry_job(job_id: UUID, edge: EdgeDep, user: User) -> Job:
+    """Queue a failed or cancelled job again, with a new budget of attempts."""
+    record = await owned(edge, user, job_id)
+    job_type = resolve(record.job["job_type"])
+    enhances = record.job["stage"] == Stage.ENHANCE
+    queue = Family.QWEN.value if enhances else job_type.family.value
+    cost = ENHANCE_SECONDS if enhances else await predicted_seconds(edge, job_type)
+    if not await edge.jobs.retry(job_id, queue=queue, cost=cost):
+        raise Problem(409, "not_retryable", f"a job that is {record.status} can't be retried")
+    edge.notifier.queue(queue)
+    edge.notifier.job(job_id)
+    return await read_job(edge, user, job_id)
+
+
+@router.get("/{job_id}/events", status_code=307, operation_id="redirectToEvents", response_class=RedirectResponse)
+async def job_events(job_id: UUID, edge: EdgeDep, user: User) -> RedirectResponse:
+    """Where the job's server-sent events are: a deployment of its own, so that open streams take no room here."""
+    await owned(edge, user, job_id)
+    # relative, so that it stays on the address that the client came by
+    return RedirectResponse(f"/v1/events/jobs/{job_id}", status_code=307)
+
+
+async def owned(edge: Edge, user: Principal, job_id: UUID) -> JobRecord:
+    """A job of the caller's own. 404 for anybody else's: that it exists is not theirs to know."""
+    async with as_user(edge.pool, user.user_id) as connection:
+        record = await edge.jobs.read(connection, job_id)
+    if record is None or (str(user.user_id) != record.job["user_id"] and not user.is_admin()):
+        raise Problem(404, "job_not_found", "there is no such job")
+    return record
+
+
+async def read_job(edge: Edge, user: Principal, job_id: UUID) -> Job:
+    """A job of the caller's own, with its ETA."""
+    record = await owned(edge, user, job_id)
+    return view(edge, record, await _eta(edge, record))
+
+
+def view(edge: Edge, record: JobRecord, eta: float | None = None) -> Job:
+    """A record as its owner sees it."""
+    settings = edge.settings
+    return job_view(record, edge.signer, settings.public_url, settings.signed_url_seconds, eta)
+
+
+async def _eta(edge: Edge, record: JobRecord) -> float | None:
+    """Seconds until the end: what is predicted to run before, shared by the live replicas, and the type's mean run."""
+    if record.status is not Status.QUEUED or record.standing is None:
+        return None
+    mean = await edge.jobs.run_seconds(record.job["job_type"])
+    if mean is None:
+        return None
+    queue = (record.queue or {}).get("queue")
+    replicas = sum(worker.queue == queue and worker.state == "ready" for worker in await edge.workers.list())
+    ahead = float(record.standing["ahead_cost"] or 0)
+    return round(ahead / max(replicas, 1) + mean, 1)

@@ -1,0 +1,133 @@
+"""From rows to what clients see. URLs are signed here, on read."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from db.access import ApiKey
+from db.blobs import UrlSigner
+from db.jobs import JobRecord, Status
+from deployments.storing import BUCKET
+from serve_app.api.wire import Adjusted, Asset, CallbackDelivery, Job, JobError, JobUrls, Key, Progress
+
+
+def job_view(record: JobRecord, signer: UrlSigner, base: str, seconds: int, eta: float | None = None) -> Job:
+    """A job as its owner sees it. `base` is the public URL, `seconds` how long signed URLs work."""
+    row, queue = record.job, record.queue or {}
+    error = None
+    if row["error_code"] is not None:
+        error = JobError(code=row["error_code"], message=row["error_message"], retryable=row["retryable"])
+    progress = None
+    if queue.get("state") == "running" and queue.get("phase"):
+        progress = Progress(phase=queue["phase"], step=queue["step"], steps=queue["steps"])
+    url = f"{base}/v1/jobs/{row['id']}"
+    return Job(
+        id=row["id"],
+        job_type=row["job_type"],
+        status=row["status"],
+        stage=row["stage"],
+        format=row["format"],
+        quality=row["quality"],
+        model=row["model_type"],
+        content_mode=row["content_mode"],
+        prompt=row["original_prompt"],
+        enhanced_prompt=row["enhanced_prompt"],
+        enhancement=row["enhancement"],
+        params=row["params"],
+        adjustments=[Adjusted(**a) for a in row["adjustments"]],
+        settings=row["generation_settings"],
+        progress=progress,
+        position=(record.standing or {}).get("ahead") if record.status is Status.QUEUED else None,
+        eta_seconds=eta,
+        cancelling=queue.get("cancel") is not None,
+        attempt=queue.get("attempt", row["attempts"]),
+        failures=queue.get("failures", row["failures"]),
+        max_attempts=row["max_attempts"],
+        error=error,
+        assets=[asset_view(asset, signer, seconds) for asset in record.assets],
+        callback_url=row["callback_url"],
+        callbacks=[callback_view(callback) for callback in record.callbacks],
+        metadata=row["metadata"],
+        created_at=row["created_at"],
+        started_at=row["started_at"],
+        completed_at=row["completed_at"],
+        queue_wait_seconds=_seconds(row["queue_wait_ms"]),
+        generation_seconds=_seconds(row["generation_time_ms"]),
+        enhancement_seconds=_seconds(row["enhancement_time_ms"]),
+        urls=JobUrls(
+            self=url, events=f"{base}/v1/events/jobs/{row['id']}", cancel=f"{url}/cancel", retry=f"{url}/retry"
+        ),
+    )
+
+
+def asset_view(row: Mapping[str, Any], signer: UrlSigner, seconds: int) -> Asset:
+    """One file with fresh signed URLs."""
+    thumbnail = row["thumbnail_path"]
+    return Asset(
+        id=row["id"],
+        index=row["asset_index"],
+        type=row["asset_type"],
+        url=signer.sign(BUCKET, row["temp_storage_path"], seconds),
+        thumbnail_url=signer.sign(BUCKET, thumbnail, seconds) if thumbnail else None,
+        bucket=BUCKET,
+        key=row["temp_storage_path"],
+        thumbnail_key=thumbnail,
+        mime_type=row["mime_type"],
+        file_size_bytes=row["file_size_bytes"],
+        width=row["width"],
+        height=row["height"],
+        frames=row["frames"],
+        fps=row["fps"],
+        duration_seconds=row["duration_seconds"],
+        seed=row["generation_seed"],
+        model=row["model_used"],
+        expires_at=row["expires_at"],
+    )
+
+
+def callback_view(row: Mapping[str, Any]) -> CallbackDelivery:
+    """One callback and how far it got."""
+    return CallbackDelivery(
+        id=row["id"],
+        event=row["event_type"],
+        state=row["state"],
+        attempts=row["attempts"],
+        last_status=row["last_status"],
+        last_error=row["last_error"],
+        delivered_at=row["delivered_at"],
+    )
+
+
+def key_view(key: ApiKey) -> Key:
+    """An API key; with the key itself only where it was just made."""
+    return Key(
+        id=key.id,
+        user_id=key.user_id,
+        username=key.username,
+        name=key.name,
+        prefix=key.prefix,
+        created_at=key.created_at,
+        last_used_at=key.last_used_at,
+        expires_at=key.expires_at,
+        revoked_at=key.revoked_at,
+        key=key.secret,
+    )
+
+
+def event_view(
+    event_id: int, job_id: UUID, attempt: int, kind: str, at: datetime, data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One line of a job's history."""
+    return {
+        "id": event_id,
+        "job_id": str(job_id),
+        "attempt": attempt,
+        "kind": kind,
+        "at": at.isoformat(),
+        "data": dict(data),
+    }
+
+
+def _seconds(milliseconds: int | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000

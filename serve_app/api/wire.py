@@ -1,0 +1,237 @@
+"""What goes over the wire under /v1: requests, answers and their examples."""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field
+
+CallbackEvent = Literal["processing", "completed", "failed", "cancelled"]
+Seconds = Annotated[float, Field(gt=0, le=30 * 86400, allow_inf_nan=False)]
+
+
+class JobRequest(BaseModel):
+    """A job to make. What is left out gets the default of the job type; what is given is honoured or refused."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "job_type": "sdxl_image_high",
+                    "prompt": "a lighthouse in a storm, oil painting",
+                    "num_images": 3,
+                    "enhance": True,
+                    "seed": 42,
+                    "callback_url": "https://example.com/hooks/ourvidz",
+                }
+            ]
+        },
+    )
+
+    job_type: str = Field(description="One of the catalog's job types.")
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    enhance: bool | None = Field(
+        None, description="Let Qwen rewrite the prompt first. The `…_enhanced` types always do."
+    )
+    seed: int | None = Field(None, description="0 to 2^63-1; drawn when left out. Image i of several has seed + i.")
+    num_images: int | None = None
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = Field(None, description="Length of a video; rounded to 4n+1, and the answer says so.")
+    fps: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    scheduler: str | None = None
+    shift: float | None = None
+    compel_enabled: bool | None = None
+    content_mode: Literal["sfw", "nsfw"] | None = None
+    reference_image_url: str | None = Field(None, max_length=2048, description="An image to start from (SDXL).")
+    reference_strength: float | None = Field(None, description="0.1 to 1.0: how much of the reference stays.")
+    reference_type: Literal["style", "composition", "character"] | None = None
+    callback_url: str | None = Field(None, max_length=2048)
+    callback_events: list[CallbackEvent] | None = Field(None, min_length=1)
+    priority: Literal["interactive", "batch"] = "interactive"
+    start_after_seconds: Seconds | None = Field(None, description="Do not start before.")
+    start_deadline_seconds: Seconds | None = Field(None, description="Fail if not started by then.")
+    deadline_seconds: Seconds | None = Field(None, description="Fail if not finished by then.")
+    destination: Literal["library", "workspace"] = "workspace"
+    metadata: dict[str, Any] = Field(default_factory=dict, description="Yours: carried, given back, never read.")
+
+
+class Progress(BaseModel):
+    """Where a running job is. `step` of `steps` in the phase `denoise`; other phases have none."""
+
+    phase: str
+    step: int | None = None
+    steps: int | None = None
+
+
+class JobError(BaseModel):
+    """Why a job failed."""
+
+    code: str
+    message: str | None = None
+    retryable: bool | None = None
+
+
+class Asset(BaseModel):
+    """One file of a job, with facts decoded from the file itself. URLs expire; ask the job again for new ones."""
+
+    id: UUID
+    index: int
+    type: Literal["image", "video"]
+    url: str
+    thumbnail_url: str | None
+    bucket: str
+    key: str
+    thumbnail_key: str | None
+    mime_type: str
+    file_size_bytes: int
+    width: int | None
+    height: int | None
+    frames: int | None
+    fps: float | None
+    duration_seconds: float | None
+    seed: int | None
+    model: str
+    expires_at: datetime
+
+
+class Adjusted(BaseModel):
+    """A value that could not be used as given."""
+
+    field: str
+    given: float | int | str
+    used: float | int | str
+    reason: str
+
+
+class CallbackDelivery(BaseModel):
+    """One callback of a job: due, sending, delivered, dead or superseded."""
+
+    id: str
+    event: str
+    state: str
+    attempts: int
+    last_status: int | None
+    last_error: str | None
+    delivered_at: datetime | None
+
+
+class JobUrls(BaseModel):
+    """Where to go next; take these rather than building them."""
+
+    self: str
+    events: str
+    cancel: str
+    retry: str
+
+
+class Job(BaseModel):
+    """A job as its owner sees it."""
+
+    id: UUID
+    job_type: str
+    status: Literal["queued", "processing", "completed", "failed", "cancelled"]
+    stage: Literal["enhance", "generate"]
+    format: Literal["image", "video"]
+    quality: Literal["fast", "high"]
+    model: str
+    content_mode: Literal["sfw", "nsfw"]
+    prompt: str
+    enhanced_prompt: str | None
+    enhancement: dict[str, Any] | None = Field(description="How the prompt was enhanced, and whether that fell back.")
+    params: dict[str, Any]
+    adjustments: list[Adjusted]
+    settings: dict[str, Any] | None = Field(description="What was really used, once the job has run.")
+    progress: Progress | None
+    position: int | None = Field(description="Jobs ahead in the queue; null when it does not wait.")
+    eta_seconds: float | None = Field(description="From measured run times; null while there are none.")
+    cancelling: bool
+    attempt: int
+    failures: int
+    max_attempts: int
+    error: JobError | None
+    assets: list[Asset]
+    callback_url: str | None
+    callbacks: list[CallbackDelivery]
+    metadata: dict[str, Any]
+    created_at: datetime
+    started_at: datetime | None
+    completed_at: datetime | None
+    queue_wait_seconds: float | None
+    generation_seconds: float | None
+    enhancement_seconds: float | None
+    urls: JobUrls
+
+
+class JobPage(BaseModel):
+    """Jobs, newest first. The next page begins `before` the `last_id` of this one."""
+
+    data: list[Job]
+    first_id: UUID | None
+    last_id: UUID | None
+    has_more: bool
+
+
+class CallbackSecret(BaseModel):
+    """The secret that your callbacks are signed with (Standard Webhooks)."""
+
+    secret: str
+    version: int
+    previous: str | None = Field(description="Signs as well for 24 hours after a rotation.")
+
+
+class Problem(BaseModel):
+    """An error (RFC 9457). `code` is stable; `errors` names the fields."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str | None = None
+    instance: str | None = None
+    code: str
+    errors: list["FieldProblem"] = []
+
+
+class FieldProblem(BaseModel):
+    """One thing wrong with one field of the request."""
+
+    field: str
+    message: str
+    code: str
+
+
+class CreateKey(BaseModel):
+    """A new API key for a user, who is made when new."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    username: str = Field(min_length=1, max_length=100)
+    name: str = Field("default", min_length=1, max_length=100)
+    role: Literal["admin", "moderator", "premium_user", "basic_user", "guest"] = "basic_user"
+    expires_in_days: int | None = Field(None, ge=1, le=3650)
+
+
+class Key(BaseModel):
+    """An API key. `key` is there once, in the answer that made it."""
+
+    id: UUID
+    user_id: UUID
+    username: str | None
+    name: str
+    prefix: str
+    created_at: datetime
+    last_used_at: datetime | None
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    key: str | None = None
+
+
+class KeyList(BaseModel):
+    """API keys, oldest first."""
+
+    data: list[Key]

@@ -1,0 +1,73 @@
+"""What every request handler works with, opened once per process and passed along."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import asyncpg
+
+from db.access import Access
+from db.blobs import BlobStore, UrlSigner
+from db.callbacks import Callbacks
+from db.jobs import Jobs
+from db.notify import Notifier
+from db.pool import open_pool
+from db.prompts import Prompts
+from db.queue import Queue
+from db.workers import Workers
+from deployments.callbacks import CallbackSecrets
+from deployments.egress import Egress
+from deployments.settings import Settings
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The parts of the API. `pool` acts as the owner of the tables; reads in a user's name go through `as_user`.
+
+    `enhancer` is a Serve handle of the language model's deployment, or None where there is no cluster.
+    """
+
+    settings: Settings
+    pool: asyncpg.Pool
+    access: Access
+    jobs: Jobs
+    queue: Queue
+    workers: Workers
+    prompts: Prompts
+    blobs: BlobStore
+    signer: UrlSigner
+    egress: Egress
+    notifier: Notifier
+    callbacks: Callbacks
+    callback_secrets: CallbackSecrets
+    enhancer: Any = None
+
+
+@asynccontextmanager
+async def open_edge(settings: Settings, enhancer: Any = None) -> AsyncIterator[Edge]:
+    """Connect, and close at the end. Raises `DatabaseUnavailable`, `SettingsError`."""
+    url = await asyncio.to_thread(settings.postgres)
+    pool = await open_pool(url, min_size=2, max_size=20, name="ourvidz api")
+    notifier = Notifier(pool)
+    try:
+        yield Edge(
+            settings=settings,
+            pool=pool,
+            access=Access(pool),
+            jobs=Jobs(pool),
+            queue=Queue(pool),
+            workers=Workers(pool),
+            prompts=Prompts(pool),
+            blobs=BlobStore.from_url(settings.blobs()),
+            signer=UrlSigner(settings.secret("signing_secret"), settings.public_url),
+            egress=Egress(settings.egress_policy()),
+            notifier=notifier,
+            callbacks=Callbacks(pool),
+            callback_secrets=CallbackSecrets(settings.secret("callback_secret")),
+            enhancer=enhancer,
+        )
+    finally:
+        await notifier.close()
+        await pool.close()

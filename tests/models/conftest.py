@@ -1,0 +1,118 @@
+"""Real tiny checkpoints and loaded models, made once for the session."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.engine import GenerationRequest, Phase
+from models.params import GenerationParams
+from models.profile import ModelSpec, load_profile
+from models.sdxl import SDXL
+from models.tiny import ensure_tiny
+from models.wan import WAN
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tiny_root: Path) -> Path:
+    return ensure_tiny("sdxl", tiny_root)
+
+
+@pytest.fixture(scope="session")
+def tiny_wan(tiny_root: Path) -> Path:
+    return ensure_tiny("wan", tiny_root)
+
+
+@pytest.fixture(scope="session")
+def sdxl_spec() -> ModelSpec:
+    return next(spec for family, spec in load_profile("laptop").models.items() if family == "sdxl")
+
+
+@pytest.fixture(scope="session")
+def wan_spec() -> ModelSpec:
+    return next(spec for family, spec in load_profile("laptop").models.items() if family == "wan")
+
+
+@pytest.fixture(scope="session")
+def sdxl(sdxl_spec: ModelSpec, tiny_sdxl: Path) -> SDXL:
+    model = SDXL(sdxl_spec, tiny_sdxl)
+    model.load()
+    return model
+
+
+@pytest.fixture(scope="session")
+def wan(wan_spec: ModelSpec, tiny_wan: Path) -> WAN:
+    model = WAN(wan_spec, tiny_wan)
+    model.load()
+    return model
+
+
+@pytest.fixture
+def image_request() -> Callable[..., GenerationRequest]:
+    def make(reference_bytes: bytes | None = None, **changes: Any) -> GenerationRequest:
+        fields: dict[str, Any] = {
+            "prompt": "a cat on a wooden table",
+            "negative_prompt": "blurry",
+            "seed": 11,
+            "num_images": 1,
+            "width": 64,
+            "height": 64,
+            "frames": 1,
+            "steps": 4,
+            "guidance_scale": 6.0,
+            "scheduler": "euler",
+        }
+        return GenerationRequest("job-1", GenerationParams(**fields | changes), reference_bytes)
+
+    return make
+
+
+@pytest.fixture
+def video_request() -> Callable[..., GenerationRequest]:
+    def make(**changes: Any) -> GenerationRequest:
+        fields: dict[str, Any] = {
+            "prompt": "waves at sunset",
+            "negative_prompt": "static",
+            "seed": 5,
+            "num_images": 1,
+            "width": 64,
+            "height": 96,
+            "frames": 17,
+            "fps": 16,
+            "steps": 3,
+            "guidance_scale": 6.5,
+            "scheduler": "unipc",
+            "shift": 5.0,
+        }
+        return GenerationRequest("job-2", GenerationParams(**fields | changes))
+
+    return make
+
+
+class Recorder:
+    """A `Control` that keeps what it was told, and may raise an exception at a step."""
+
+    def __init__(self, raise_at_step: int | None = None, error: BaseException | None = None) -> None:
+        self.steps: list[tuple[int, int]] = []
+        self.phases: list[str] = []
+        self._raise_at_step = raise_at_step
+        self._error = error
+
+    def step(self, done: int, of: int) -> None:
+        self.steps.append((done, of))
+        if done == self._raise_at_step and self._error is not None:
+            raise self._error
+
+    def phase(self, name: Phase) -> None:
+        self.phases.append(name)
+
+
+@pytest.fixture
+def recorder() -> type[Recorder]:
+    return Recorder

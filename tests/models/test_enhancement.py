@@ -1,0 +1,178 @@
+from pathlib import Path
+
+import pytest
+
+from models.catalog import Family, Format, Quality
+from models.engine import Cancelled
+from models.enhancement import Enhancement, enhance, usable_answer
+from models.policy import ContentRejected
+from models.profile import ModelSpec
+from models.prompts import Template, TokenCounter, builtin_templates, select_template
+from models.qwen import Completion, FinishReason, Qwen
+from models.tiny import ensure_tiny
+
+PROMPT = "a red fox on a mossy log in the forest"
+RAMBLING = (
+    "A red fox sits on a mossy log in the forest while the afternoon wanders westward, remembering autumns that nobody "
+    "counted, and somewhere behind the birches an unseen stream keeps murmuring about stones, travellers, bridges and "
+    "the patience of water, which has carried leaves, letters, lanterns and once even a wooden flute toward villages "
+    "whose chimneys write slow grey sentences across evenings full of swallows; further on, merchants unfold striped "
+    "awnings, musicians argue cheerfully over forgotten melodies, bakers dust their sleeves with flour, children chase "
+    "paper kites between laundry lines, and an elderly clockmaker measures twilight with instruments inherited from "
+    "sailors, until constellations gather above orchards, vineyards, quarries and abandoned railway platforms."
+)
+
+
+@pytest.fixture(scope="session")
+def clip(tiny_root: Path) -> TokenCounter:
+    return TokenCounter.from_pretrained(ensure_tiny("sdxl", tiny_root))
+
+
+@pytest.fixture(scope="session")
+def umt5(tiny_root: Path) -> TokenCounter:
+    return TokenCounter.from_pretrained(ensure_tiny("wan", tiny_root))
+
+
+@pytest.fixture(scope="session")
+def qwen(tiny_root: Path) -> Qwen:
+    spec = ModelSpec(family=Family.QWEN, model_name="qwen-tiny", source="tiny", device="cpu", memory_gib=0, disk_gib=0)
+    model = Qwen(spec, ensure_tiny("qwen", tiny_root))
+    model.load()
+    return model
+
+
+@pytest.fixture
+def template() -> Template:
+    return select_template(builtin_templates(), Family.SDXL, Format.IMAGE, Quality.FAST, False, "sfw")[0]
+
+
+def wrote(text: str, finish_reason: FinishReason = "stop") -> Completion:
+    return Completion(text=text, prompt_tokens=50, new_tokens=20, seconds=0.1, finish_reason=finish_reason)
+
+
+# --- a model's answer
+
+
+def test_usable_answer_takes_a_good_one_whole(template: Template, clip: TokenCounter) -> None:
+    answer = "a red fox on a mossy log, deep forest, morning fog, low angle, sharp focus"
+    assert usable_answer(wrote(f'"{answer}"'), PROMPT, template, clip, "sfw") == (answer, False, None)
+
+
+def test_usable_answer_is_shortened_to_the_limit(template: Template, clip: TokenCounter) -> None:
+    answer = "a red fox on a mossy log, " + "golden light on wet leaves, " * 20 + "sharp focus"
+    answer = answer.replace(
+        "golden light on wet leaves, " * 20, ", ".join(f"old tree {n}" for n in "abcdefghijklmnopqrst")
+    )
+    text, shortened, reason = usable_answer(
+        wrote(answer + ", morning fog over the river" * 2), PROMPT, template, clip, "sfw"
+    )
+    assert (shortened, reason) == (True, None)
+    assert text.startswith("a red fox on a mossy log")
+    assert clip.count(text) <= 75
+
+
+def test_usable_answer_drops_a_phrase_that_was_cut_off(template: Template, clip: TokenCounter) -> None:
+    completion = wrote("a red fox on a mossy log, deep forest, morning fo", "length")
+    assert usable_answer(completion, PROMPT, template, clip, "sfw") == (
+        "a red fox on a mossy log, deep forest",
+        True,
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("", "empty_answer"),
+        ("I'm sorry, but I can't help with a red fox.", "refusal"),
+        ("a red fox on a mossy log. I cannot continue with the rest of it.", "refusal"),
+        ("\ufffdfox\x07\ufffd\ufffd", "gibberish"),
+        (PROMPT, "unchanged"),
+        ("what would you like? please provide more about the red fox in the forest", "not_a_prompt"),
+        ("a red fox, nude, in the forest", "content_rejected"),
+        ("You write prompts for the SDXL image model. Rewrite the user's request about the fox", "echo"),
+        (RAMBLING, "too_long"),
+    ],
+)
+def test_usable_answer_says_why_not(template: Template, clip: TokenCounter, answer: str, reason: str) -> None:
+    assert usable_answer(wrote(answer), PROMPT, template, clip, "sfw") == ("", False, reason)
+
+
+def test_usable_answer_judges_what_shortening_would_hide(template: Template, clip: TokenCounter) -> None:
+    answer = "a red fox on a mossy log, " + ", ".join(f"old tree {n}" for n in "abcdefghijklmnopqrstuvwxyz") + ", nude"
+    assert usable_answer(wrote(answer), PROMPT, template, clip, "sfw")[2] == "content_rejected"
+
+
+# --- the whole way
+
+
+def check(enhancement: Enhancement, counter: TokenCounter) -> None:
+    assert enhancement.original_prompt == PROMPT
+    assert enhancement.tokens.original == counter.count(PROMPT)
+    assert enhancement.tokens.enhanced == counter.count(enhancement.enhanced_prompt) <= enhancement.token_limit
+    assert enhancement.execution_time_ms >= 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_enhance_tells_a_random_models_noise_from_a_prompt(
+    qwen: Qwen, template: Template, clip: TokenCounter, seed: int
+) -> None:
+    enhancement = enhance(PROMPT, template, qwen, clip, "sfw", seed)
+    check(enhancement, clip)
+    assert (enhancement.strategy, enhancement.fallback_used) == ("rule_based", True)
+    assert enhancement.fallback_reason == "gibberish"
+    assert enhancement.enhanced_prompt.startswith(PROMPT + ", ")
+    assert enhancement.model_used is None
+    assert enhancement.new_tokens > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_enhance_tells_noise_at_any_temperature(
+    qwen: Qwen, template: Template, clip: TokenCounter, temperature: float
+) -> None:
+    assert enhance(PROMPT, template, qwen, clip, "sfw", 1, temperature=temperature).fallback_reason == "gibberish"
+
+
+def test_enhance_without_a_model_says_so_and_is_deterministic(template: Template, clip: TokenCounter) -> None:
+    first, second = (enhance(PROMPT, template, None, clip, "sfw", seed) for seed in (1, 2))
+    check(first, clip)
+    assert (first.fallback_reason, first.new_tokens) == ("model_unavailable", 0)
+    assert first.enhanced_prompt == second.enhanced_prompt
+
+
+def test_enhance_with_a_model_that_is_not_loaded_says_so(template: Template, clip: TokenCounter) -> None:
+    spec = ModelSpec(family=Family.QWEN, model_name="q", source="tiny", device="cpu", memory_gib=0, disk_gib=0)
+    assert enhance(PROMPT, template, Qwen(spec, "x"), clip, "sfw", 1).fallback_reason == "model_unavailable"
+
+
+def test_enhance_reports_a_model_that_fails(qwen: Qwen, template: Template, clip: TokenCounter) -> None:
+    from dataclasses import replace
+
+    too_much = replace(template, max_new_tokens=10**7)
+    assert enhance(PROMPT, too_much, qwen, clip, "sfw", 1).fallback_reason == "model_failed"
+
+
+def test_enhance_video_adds_motion(umt5: TokenCounter) -> None:
+    template, _ = select_template(builtin_templates(), Family.WAN, Format.VIDEO, Quality.HIGH, True, "sfw")
+    enhancement = enhance(PROMPT, template, None, umt5, "sfw", 1)
+    check(enhancement, umt5)
+    assert (enhancement.template_name, enhancement.token_limit) == ("WAN_HIGH_7B", 250)
+    assert "motion" in enhancement.enhanced_prompt
+
+
+def test_enhance_shortens_a_prompt_that_is_too_long(template: Template, clip: TokenCounter) -> None:
+    enhancement = enhance(
+        ", ".join(f"tree {n}" for n in "abcdefghijklmnopqrstuvwxyz") * 3, template, None, clip, "sfw", 1
+    )
+    assert enhancement.compression_applied
+    assert enhancement.tokens.enhanced <= 75 < enhancement.tokens.original
+
+
+def test_enhance_refuses_what_must_not_be_drawn(template: Template, clip: TokenCounter) -> None:
+    with pytest.raises(ContentRejected):
+        enhance("a nude toddler", template, None, clip, "nsfw", 1)
+
+
+def test_enhance_can_be_cancelled(qwen: Qwen, template: Template, clip: TokenCounter) -> None:
+    with pytest.raises(Cancelled):
+        enhance(PROMPT, template, qwen, clip, "sfw", 1, should_stop=lambda: True)

@@ -1,0 +1,175 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.catalog import Family, Format, Quality
+from models.prompts import (
+    NoTemplate,
+    TokenCounter,
+    add_rule_terms,
+    builtin_templates,
+    fit,
+    select_template,
+)
+from models.tiny import ensure_tiny
+
+LONG = (
+    "A red fox on a mossy log, deep in an old forest, its fur wet from the rain, ferns and mushrooms all around, "
+    "a narrow stream behind it. The fox looks up. Cinematic lighting, birch trunks fading into fog, sharp focus, "
+    "fallen leaves, spider webs with dew, distant mountains, highly detailed texture"
+)
+
+
+@pytest.fixture(scope="session")
+def clip(tiny_root: Path) -> TokenCounter:
+    return TokenCounter.from_pretrained(ensure_tiny("sdxl", tiny_root))
+
+
+@pytest.fixture(scope="session")
+def umt5(tiny_root: Path) -> TokenCounter:
+    return TokenCounter.from_pretrained(ensure_tiny("wan", tiny_root))
+
+
+# --- templates
+
+
+def test_builtin_templates_have_the_specified_limits_in_both_modes() -> None:
+    limits = {(t.name, t.content_mode): t.token_limit for t in builtin_templates()}
+    for mode in ("sfw", "nsfw"):
+        assert (limits["SDXL_FAST", mode], limits["SDXL_HIGH", mode]) == (75, 75)
+        assert (limits["WAN_FAST", mode], limits["WAN_HIGH_7B", mode]) == (175, 250)
+
+
+def test_builtin_templates_name_their_limit_and_mode() -> None:
+    for template in builtin_templates():
+        assert f"{template.token_limit} tokens" in template.system_prompt
+        assert ("adult" in template.system_prompt) is (template.content_mode == "nsfw")
+        assert template.max_new_tokens > template.token_limit
+
+
+@pytest.mark.parametrize(
+    ("family", "format", "quality", "enhanced7b", "name"),
+    [
+        (Family.SDXL, Format.IMAGE, Quality.FAST, False, "SDXL_FAST"),
+        (Family.SDXL, Format.IMAGE, Quality.HIGH, False, "SDXL_HIGH"),
+        (Family.RV51, Format.IMAGE, Quality.HIGH, False, "SDXL_HIGH"),
+        (Family.WAN, Format.VIDEO, Quality.FAST, False, "WAN_FAST"),
+        (Family.WAN, Format.VIDEO, Quality.HIGH, False, "WAN_FAST"),
+        (Family.WAN, Format.VIDEO, Quality.FAST, True, "WAN_FAST"),
+        (Family.WAN, Format.VIDEO, Quality.HIGH, True, "WAN_HIGH_7B"),
+        (Family.WAN, Format.IMAGE, Quality.HIGH, True, "WAN_IMAGE"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["sfw", "nsfw"])
+def test_select_template_finds_the_fitting_one(
+    family: Family, format: Format, quality: Quality, enhanced7b: bool, name: str, mode: str
+) -> None:
+    template, fell_back = select_template(builtin_templates(), family, format, quality, enhanced7b, mode)  # type: ignore[arg-type]
+    assert (template.name, template.content_mode, fell_back) == (name, mode, None)
+
+
+def test_select_template_says_what_does_not_fit() -> None:
+    only = [t for t in builtin_templates() if t.name == "SDXL_HIGH" and t.content_mode == "sfw"]
+    template, fell_back = select_template(only, Family.SDXL, Format.IMAGE, Quality.FAST, False, "nsfw")
+    assert (template.name, fell_back) == ("SDXL_HIGH", "content_mode,quality")
+
+
+def test_select_template_never_gives_an_nsfw_template_to_sfw() -> None:
+    only = [t for t in builtin_templates() if t.content_mode == "nsfw"]
+    with pytest.raises(NoTemplate) as missing:
+        select_template(only, Family.SDXL, Format.IMAGE, Quality.FAST, False, "sfw")
+    assert missing.value.code == "no_template_available"
+
+
+# --- token counts and shortening
+
+
+def test_token_counter_counts_content_tokens_only(clip: TokenCounter, umt5: TokenCounter) -> None:
+    assert (clip.count(""), umt5.count("")) == (0, 0)
+    assert clip.count("cat") + clip.count("dog") == clip.count("cat dog") == 2
+
+
+def test_token_counter_counts_far_past_the_window(clip: TokenCounter) -> None:
+    assert clip.count("cat " * 500) == 500
+
+
+def test_fit_leaves_short_texts_alone(clip: TokenCounter) -> None:
+    assert fit("  a cat,  a dog.", clip, 75) == ("  a cat,  a dog.", False)
+
+
+def test_fit_cuts_at_phrases_and_keeps_subject_and_quality(clip: TokenCounter) -> None:
+    limit = clip.count(LONG) // 2
+    text, compressed = fit(LONG, clip, limit)
+    assert compressed
+    assert text.startswith("A red fox on a mossy log")
+    assert "sharp focus" in text
+    phrases = [phrase.strip() for phrase in text.replace(".", ",").split(",")]
+    originals = [phrase.strip() for phrase in LONG.replace(".", ",").split(",")]
+    assert [phrase for phrase in originals if phrase in phrases] == phrases
+    assert limit * 0.6 < clip.count(text) <= limit
+
+
+def test_fit_keeps_weighted_phrases_whole(clip: TokenCounter) -> None:
+    text, _ = fit("(a cat, a dog:1.2), " + "rain on leaves, " * 40, clip, 40)
+    assert text.startswith("(a cat, a dog:1.2)")
+
+
+def test_fit_cuts_words_when_one_phrase_is_too_long(clip: TokenCounter) -> None:
+    text, compressed = fit("cat " * 200, clip, 75)
+    assert (text, compressed) == (" ".join(["cat"] * 75), True)
+
+
+def test_fit_cuts_at_marks_of_scripts_without_spaces(clip: TokenCounter) -> None:
+    text, _ = fit("桜の下の猫、柔らかな光、浅い被写界深度、高精細", clip, 40)
+    assert text.split("、") == ["桜の下の猫", "柔らかな光", "浅い被写界深度", "高精細"][: len(text.split("、"))]
+
+
+@given(
+    st.text(max_size=400) | st.text(alphabet="ab ,.;()\n猫é🎈", max_size=400) | st.just(LONG * 3),
+    st.integers(min_value=0, max_value=120),
+)
+def test_fit_never_exceeds_the_limit(clip: TokenCounter, umt5: TokenCounter, text: str, limit: int) -> None:
+    for counter in (clip, umt5):
+        shorter, compressed = fit(text, counter, limit)
+        assert counter.count(shorter) <= limit
+        assert compressed is (counter.count(text) > limit)
+
+
+# --- rules
+
+
+def test_add_rule_terms_puts_the_callers_words_first(clip: TokenCounter) -> None:
+    text, compressed = add_rule_terms("a cat on a roof", Format.IMAGE, Quality.HIGH, clip, 75)
+    assert text.startswith("a cat on a roof, ")
+    assert "light" in text
+    assert not compressed
+
+
+def test_add_rule_terms_adds_motion_to_video_only(umt5: TokenCounter) -> None:
+    image, _ = add_rule_terms("a cat on a roof", Format.IMAGE, Quality.FAST, umt5, 175)
+    video, _ = add_rule_terms("a cat on a roof", Format.VIDEO, Quality.FAST, umt5, 175)
+    assert ("motion" in image, "motion" in video) == (False, True)
+
+
+def test_add_rule_terms_leaves_out_what_the_prompt_settles(clip: TokenCounter) -> None:
+    text, _ = add_rule_terms("a cat at sunset, blurred, symmetrical", Format.IMAGE, Quality.FAST, clip, 75)
+    assert "focus" not in text
+    assert "natural light" not in text
+    assert "composition" not in text
+
+
+def test_add_rule_terms_high_says_more_than_fast(clip: TokenCounter) -> None:
+    fast, _ = add_rule_terms("a cat", Format.IMAGE, Quality.FAST, clip, 75)
+    high, _ = add_rule_terms("a cat", Format.IMAGE, Quality.HIGH, clip, 75)
+    assert clip.count(high) > clip.count(fast)
+
+
+@given(st.text(max_size=300), st.sampled_from(list(Format)), st.sampled_from(list(Quality)), st.integers(1, 100))
+def test_add_rule_terms_never_exceeds_the_limit(
+    clip: TokenCounter, prompt: str, format: Format, quality: Quality, limit: int
+) -> None:
+    text, compressed = add_rule_terms(prompt, format, quality, clip, limit)
+    assert clip.count(text) <= limit
+    assert compressed or text.startswith(prompt.rstrip(" ,;.、，。；\n"))

@@ -1,0 +1,139 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.engine import Cancelled, GenerationRequest, InvalidInput
+from models.params import Reference
+from models.wan import WAN
+
+Make = Callable[..., GenerationRequest]
+
+
+def stock(folder: Path, request: GenerationRequest, scheduler: Any = None) -> Any:
+    """The frames that diffusers itself makes of the same parameters, from a pipeline of its own."""
+    import torch
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    params = request.params
+    pipeline = WanPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    if scheduler is None:
+        scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config, flow_shift=params.shift)
+    pipeline.scheduler = scheduler
+    assert params.seed is not None
+    frames = pipeline(
+        prompt=params.prompt,
+        negative_prompt=params.negative_prompt,
+        width=params.width,
+        height=params.height,
+        num_frames=params.frames,
+        num_inference_steps=params.steps,
+        guidance_scale=params.guidance_scale,
+        generator=torch.Generator().manual_seed(params.seed),
+        output_type="pil",
+    ).frames[0]
+    return np.stack([np.asarray(frame) for frame in frames])
+
+
+def test_frames_are_those_of_the_stock_pipeline(wan: WAN, tiny_wan: Path, video_request: Make, recorder: Any) -> None:
+    request = video_request()
+    made = wan.generate(request, recorder())
+    assert made.images is None
+    assert made.frames is not None
+    assert made.frames.shape == (17, 96, 64, 3)
+    assert np.array_equal(made.frames, stock(tiny_wan, request))
+    assert made.fps == 16
+
+
+def test_frames_are_stock_without_guidance(wan: WAN, tiny_wan: Path, video_request: Make, recorder: Any) -> None:
+    request = video_request(guidance_scale=1.0, negative_prompt="")
+    made = wan.generate(request, recorder())
+    assert made.frames is not None
+    assert np.array_equal(made.frames, stock(tiny_wan, request))
+    assert made.settings["negative_prompt_used"] is False
+
+
+def test_other_schedulers_follow_the_flow_schedule_of_the_shift(
+    wan: WAN, tiny_wan: Path, video_request: Make, recorder: Any
+) -> None:
+    from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+
+    shift = 3.0
+    for name, scheduler in {
+        "euler": FlowMatchEulerDiscreteScheduler(shift=shift),
+        "dpm++": DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift),
+    }.items():
+        request = video_request(scheduler=name, shift=shift)
+        made = wan.generate(request, recorder())
+        assert made.frames is not None
+        assert np.array_equal(made.frames, stock(tiny_wan, request, scheduler)), name
+        assert made.settings["scheduler_class"] == type(scheduler).__name__
+
+
+def test_same_seed_gives_the_same_frames_again(wan: WAN, video_request: Make, recorder: Any) -> None:
+    first = wan.generate(video_request(), recorder()).frames
+    other = wan.generate(video_request(seed=6, shift=2.0), recorder()).frames
+    again = wan.generate(video_request(), recorder()).frames
+    assert first is not None
+    assert other is not None
+    assert again is not None
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_image_is_a_run_of_one_frame(wan: WAN, tiny_wan: Path, video_request: Make, recorder: Any) -> None:
+    request = video_request(frames=1, fps=None)
+    made = wan.generate(request, recorder())
+    assert made.frames is None
+    assert made.fps is None
+    assert made.images is not None
+    assert [image.size for image in made.images] == [(64, 96)]
+    assert np.array_equal(np.asarray(made.images[0]), stock(tiny_wan, request)[0])
+
+
+def test_progress_counts_the_steps_and_names_the_phases(wan: WAN, video_request: Make, recorder: Any) -> None:
+    control = recorder()
+    made = wan.generate(video_request(), control)
+    assert control.steps == [(1, 3), (2, 3), (3, 3)]
+    assert control.phases == ["encode", "denoise", "decode"]
+    assert made.settings["shift"] == 5.0
+    assert made.settings["denoise_steps"] == 3
+
+
+def test_cancel_stops_at_the_next_step_and_leaves_the_model_as_it_was(
+    wan: WAN, video_request: Make, recorder: Any
+) -> None:
+    before = wan.generate(video_request(), recorder()).frames
+    control = recorder(raise_at_step=1, error=Cancelled("now"))
+    with pytest.raises(Cancelled):
+        wan.generate(video_request(steps=40), control)
+    assert control.steps == [(1, 40)]
+    after = wan.generate(video_request(), recorder()).frames
+    assert before is not None
+    assert after is not None
+    assert np.array_equal(before, after)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reference": Reference(bucket="b", key="k", strength=0.5)},
+        {"num_images": 3},
+        {"frames": 16},
+        {"width": 72},
+        {"scheduler": "heun"},
+        {"shift": None},
+        {"fps": None},
+        {"seed": None},
+    ],
+)
+def test_request_that_cannot_be_honoured_is_refused(
+    wan: WAN, video_request: Make, recorder: Any, changes: dict[str, Any]
+) -> None:
+    control = recorder()
+    with pytest.raises(InvalidInput):
+        wan.generate(video_request(**changes), control)
+    assert control.phases == []

@@ -1,0 +1,115 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from models.engine import GenerationRequest
+from models.sdxl import SDXL
+from models.weighting import MAX_WINDOWS, Weighting, WeightingFailed, plain_text, with_compel_weights
+
+Make = Callable[..., GenerationRequest]
+
+
+@pytest.fixture(scope="module")
+def weighting(sdxl: SDXL) -> Weighting:
+    return Weighting(sdxl._pipeline)
+
+
+def pixels(model: SDXL, request: GenerationRequest, control: Any) -> tuple[bytes, dict[str, Any]]:
+    made = model.generate(request, control)
+    assert made.images is not None
+    return made.images[0].tobytes(), made.settings
+
+
+def equal(left: Any, right: Any) -> bool:
+    return bool((left == right).all())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "plain"),
+    [
+        ("a cat on a table", "a cat on a table"),
+        ("a (cat)1.5 on a mat", "a cat on a mat"),
+        ("a cat++ on a table--", "a cat on a table"),
+        ('("a cat", "a dog").blend(0.3, 0.7)', "a cat, a dog"),
+        ('("a cat", "a dog").and()', "a cat, a dog"),
+        ("a cat.swap(dog) here", "a cat here"),
+    ],
+)
+def test_plain_text_has_no_markup(prompt: str, plain: str) -> None:
+    assert plain_text(prompt) == plain
+
+
+def test_weights_after_a_colon_mean_the_same() -> None:
+    assert with_compel_weights("a (red cat:1.3), (sky: 0.8)") == "a (red cat)1.3, (sky)0.8"
+    assert with_compel_weights("at 10:30 (or later), ratio 16:9") == "at 10:30 (or later), ratio 16:9"
+
+
+def test_prompt_without_weights_is_encoded_as_the_stock_pipeline_does(
+    sdxl: SDXL, image_request: Make, recorder: Any
+) -> None:
+    for negative in ("blurry", ""):
+        plain, _ = pixels(sdxl, image_request(negative_prompt=negative), recorder())
+        weighted, settings = pixels(sdxl, image_request(negative_prompt=negative, compel_enabled=True), recorder())
+        assert weighted == plain
+        assert settings["compel_success"] is True
+        assert settings["fallback_used"] is False
+
+
+def test_weights_change_the_picture(sdxl: SDXL, image_request: Make, recorder: Any) -> None:
+    pictures = {
+        pixels(sdxl, image_request(prompt=prompt, compel_enabled=True), recorder())[0]
+        for prompt in ("a cat on a table", "a (cat)1.5 on a table", "a (cat)0.5 on a table")
+    }
+    assert len(pictures) == 3
+
+
+def test_pooled_embedding_is_that_of_the_plain_text(sdxl: SDXL, weighting: Weighting) -> None:
+    import torch
+
+    with torch.no_grad():
+        weighted = weighting.encode("a (cat)1.5 on a mat", "blurry++", "cpu").arguments
+        _, _, pooled, negative_pooled = sdxl._pipeline.encode_prompt(
+            "a cat on a mat", negative_prompt="blurry", device="cpu", do_classifier_free_guidance=True
+        )
+    assert equal(weighted["pooled_prompt_embeds"], pooled)
+    assert equal(weighted["negative_pooled_prompt_embeds"], negative_pooled)
+
+
+def test_long_prompt_fills_more_windows_and_the_negative_is_as_long(weighting: Weighting) -> None:
+    import torch
+
+    with torch.no_grad():
+        arguments = weighting.encode("a cat on a table, " * 20, "blurry", "cpu").arguments
+    assert arguments["prompt_embeds"].shape[1] == 2 * 77
+    assert arguments["negative_prompt_embeds"].shape == arguments["prompt_embeds"].shape
+
+
+def test_long_prompt_loses_nothing_with_compel(sdxl: SDXL, image_request: Make, recorder: Any) -> None:
+    long = "a cat on a table, " * 20
+    _, plain = pixels(sdxl, image_request(prompt=long), recorder())
+    _, weighted = pixels(sdxl, image_request(prompt=long, compel_enabled=True), recorder())
+    assert plain["prompt_tokens_cut"] > 0
+    assert weighted["prompt_tokens_cut"] == 0
+
+
+@pytest.mark.parametrize("prompt", ["()", '("a cat", "a dog").and(1, 0.5)', "cat " * 75 * (MAX_WINDOWS + 1)])
+def test_failure_of_compel_falls_back_to_the_plain_prompt_and_says_so(
+    sdxl: SDXL, image_request: Make, recorder: Any, weighting: Weighting, prompt: str
+) -> None:
+    with pytest.raises(WeightingFailed):
+        weighting.encode(prompt, None, "cpu")
+    plain, _ = pixels(sdxl, image_request(prompt=prompt), recorder())
+    fallen_back, settings = pixels(sdxl, image_request(prompt=prompt, compel_enabled=True), recorder())
+    assert fallen_back == plain
+    assert settings["compel_enabled"] is True
+    assert settings["compel_success"] is False
+    assert settings["fallback_used"] is True
+    assert settings["fallback_reason"].startswith("compel_failed")
+
+
+def test_compel_works_without_guidance_and_in_batches(sdxl: SDXL, image_request: Make, recorder: Any) -> None:
+    request = image_request(guidance_scale=1.0, negative_prompt="", num_images=3, compel_enabled=True)
+    made = sdxl.generate(request, recorder())
+    assert made.settings["compel_success"] is True
+    assert len(made.images or []) == 3
