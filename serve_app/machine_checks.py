@@ -143,7 +143,7 @@ def check_weights(settings: Settings) -> Iterator[Finding]:
 def check_ports(_: Settings) -> Iterator[Finding]:
     """The ports of the API and of Ray's dashboard are free."""
     for port, use in ((HTTP_PORT, "the API"), (DASHBOARD_PORT, "Ray's dashboard")):
-        problem = _port_problem(port)
+        problem = port_problem(port)
         if problem is None:
             yield ok("ports", f"port {port} is free for {use}")
         else:
@@ -151,7 +151,8 @@ def check_ports(_: Settings) -> Iterator[Finding]:
             yield warn("ports", f"port {port}, meant for {use}, is {problem}", advice)
 
 
-def _port_problem(port: int) -> str | None:
+def port_problem(port: int) -> str | None:
+    """Why a server on 127.0.0.1 can't have this port; None when it can."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free for a server
         try:

@@ -116,7 +116,7 @@ def _strength(denoise: Any) -> float:
 
 
 def _size(edge: Edge, job_type: JobType, ratio: Any) -> dict[str, int]:
-    """The family's size that is nearest to an aspect ratio."""
+    """The family's size that is nearest to an aspect ratio, and of those alike the one nearest to its usual area."""
     if ratio is None:
         return {}
     if ratio not in RATIOS:
@@ -124,9 +124,14 @@ def _size(edge: Edge, job_type: JobType, ratio: Any) -> dict[str, int]:
     spec = edge.settings.loaded_profile.models.get(job_type.family)
     if spec is None or spec.defaults is None:
         return {}  # the submission refuses the job type itself
-    width, height = min(
-        spec.defaults.sizes, key=lambda size: (abs(math.log(size[0] / size[1] / RATIOS[ratio])), -size[0] * size[1])
-    )
+    usual = spec.defaults.width * spec.defaults.height
+
+    def misfit(size: tuple[int, int]) -> tuple[int, float]:
+        # shapes within a tenth or so count as the same; among those, the size nearest to the usual area
+        shape = abs(math.log(size[0] / size[1] / RATIOS[ratio]))
+        return int(shape / 0.15), abs(math.log(size[0] * size[1] / usual))
+
+    width, height = min(spec.defaults.sizes, key=misfit)
     return {"width": width, "height": height}
 
 
