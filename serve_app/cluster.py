@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from deployments.settings import Settings
 log = structlog.get_logger()
 
 READY_SECONDS = 600.0
+ROOT_CONFIG = Path(__file__).parents[1] / "serve_config.yaml"
 LAPTOP_OBJECT_STORE_BYTES = 200_000_000  # nothing large goes through Ray's object store here
 
 
@@ -161,12 +161,9 @@ class Cluster:
 
 
 def load_config(path: Path | None) -> dict[str, Any]:
-    """A Serve config; without a path the one that comes with the project."""
-    if path is None:
-        text = (files("configs") / "serve_config.yaml").read_text(encoding="utf-8")
-    else:
-        text = path.read_text(encoding="utf-8")
-    config: dict[str, Any] = yaml.safe_load(text)
+    """A Serve config; without a path the one at the root of the checkout."""
+    path = path or ROOT_CONFIG
+    config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict) or not config.get("applications"):
         raise ClusterError(f"{path}: a Serve config has a list of applications")
     return config

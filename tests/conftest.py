@@ -4,6 +4,7 @@ import asyncio
 import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -27,6 +28,19 @@ def with_database(url: str, name: str) -> str:
     return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
 
 
+@contextmanager
+def state_folder() -> Iterator[Path]:
+    """A folder for an embedded Postgres. Not pytest's own: that is private, and as root the server is another user."""
+    with tempfile.TemporaryDirectory(prefix="ovz") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        try:
+            yield folder
+        finally:
+            for data in (folder / "postgres", folder / "state" / "postgres"):
+                embedded.stop(data)
+
+
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     """A server to make databases on: OURVIDZ_TEST_DATABASE_URL, or an embedded one that ends with the tests."""
@@ -34,13 +48,8 @@ def postgres_url() -> Iterator[str]:
     if given:
         yield given
         return
-    with tempfile.TemporaryDirectory(prefix="ovz") as folder:
-        Path(folder).chmod(0o755)
-        data = Path(folder) / "pg"
-        try:
-            yield embedded.ensure_running(data)
-        finally:
-            embedded.stop(data)
+    with state_folder() as folder:
+        yield embedded.ensure_running(folder / "postgres")
 
 
 @pytest.fixture(scope="session")

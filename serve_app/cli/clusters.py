@@ -1,5 +1,6 @@
 """Commands that hold a cluster: up, serve, demo and down."""
 
+import logging
 import queue
 import signal
 from collections.abc import AsyncIterator, Iterator
@@ -110,10 +111,16 @@ def _running(settings: Settings, config: Path | None, port: int | None) -> Itera
         raise Stop(f"port {cluster.http[1]}, where the API should be, is {problem}; choose another with --port", FAILED)
     run(_refuse_second(settings))
     before = signal.signal(signal.SIGTERM, _interrupt)
+
+    def report(line: str) -> None:
+        signal.signal(signal.SIGTERM, _interrupt)  # ray.init has put a handler there that ends the process at once
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it would tell of each deletion while stopping
+        say(line)
+
     try:
         try:
-            addresses = cluster.start(say)
-            signal.signal(signal.SIGTERM, _interrupt)  # Ray has put a handler of its own there
+            addresses = cluster.start(report)
+            signal.signal(signal.SIGTERM, _interrupt)
             yield addresses
         finally:
             cluster.stop(say)

@@ -88,8 +88,9 @@ def state_of(job: Job) -> str:
             return "cancelling"
         if job.progress is None:
             return f"running: {job.stage}"
-        steps = "" if job.progress.step is None else f" {job.progress.step}/{job.progress.steps}"
-        return f"running: {job.progress.phase}{steps}"
+        step, steps = job.progress.step, job.progress.steps
+        at = "" if step is None else f" {step}" + (f"/{steps}" if steps else "")
+        return f"running: {job.progress.phase}{at}"
     if job.status == "completed":
         count = f"{len(job.assets)} file{'' if len(job.assets) == 1 else 's'}"
         took = "" if job.generation_seconds is None else f" in {seconds(job.generation_seconds)}"

@@ -1,0 +1,221 @@
+"""Collects every stable error code from the code: what is raised, and what the API makes of it.
+
+A code that is raised somewhere and has no meaning here, or the other way round, stops `make docs`.
+"""
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from db.blobs import BlobNotFound, StorageUnavailable
+from db.jobs import IdempotencyConflict, IdempotencyInFlight
+from db.pool import DatabaseUnavailable
+from deployments import destinations, enhancer, replica, storing
+from models import answers, generation, params
+from models.catalog import UnknownJobType
+from models.policy import ContentRejected
+from serve_app.api.problems import problem_of
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("models", "db", "deployments", "serve_app")
+
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+# what fails a job without an exception of ours being raised for it
+ENDINGS = {
+    "worker_lost": ("yes", "The lease ran out: the replica died, was killed or hung. Fails a job that has used up its budget."),
+    "internal": ("yes", "Something escaped the replica's own handling. The job is run again while its budget lasts."),
+    "deadline_exceeded": ("no", "`deadline_seconds` passed, while the job waited or ran."),
+    "start_deadline_exceeded": ("no", "`start_deadline_seconds` passed before the first claim."),
+    "drained": ("", "Only in the history: a replica that stops handed the job back. Costs nothing of the budget."),
+}
+FIELD_CODES = {
+    "missing": "It is required, or goes together with another field.",
+    "type": "It has the wrong type. Numbers in strings and booleans as numbers are wrong types.",
+    "unknown": "There is no such parameter.",
+    "range": "It is outside the range that the message names, or no finite number.",
+    "choice": "It is none of the values that the message lists.",
+    "length": "It is too long, or empty.",
+    "characters": "It has control characters.",
+    "unsupported": "This job type can't honour it.",
+    "conflict": "It has no effect, or contradicts another field.",
+}
+EVALUATED = (
+    (params.InvalidParams([]), "A parameter is wrong; `errors` names each. Under /v1 the code of a field is one of those below."),
+    (UnknownJobType(), "There is no such job type."),
+    (ContentRejected("content_minors", ""), "The content policy: sexual content that involves minors, in any mode."),
+    (ContentRejected("content_sexual_in_sfw", ""), "The content policy: sexual content in sfw mode."),
+    (generation.InvalidInput(""), "The reference image can't be used."),
+    (IdempotencyConflict(), "The key was used before, with another body."),
+    (IdempotencyInFlight(), "A request with the key is being accepted now. Try again after `Retry-After`."),
+    (destinations.EgressRefused("scheme", ""), "A callback or reference URL is refused by rule."),
+    (destinations.EgressFailed("timeout", ""), "A callback or reference URL gave nothing usable."),
+    (BlobNotFound(), "There is no such file."),
+    (StorageUnavailable(), "The object store is away. Try again after `Retry-After`."),
+    (DatabaseUnavailable(), "Postgres is away or full. Try again after `Retry-After`."),
+    (RequestValidationError([]), "The shape of the request is wrong; `errors` names the fields, with pydantic's codes."),
+    (HTTPException(404), "There is no such path. Other statuses of the framework likewise: `http_405`."),
+    (RuntimeError(), "A fault of ours, with nothing told. It is in the log."),
+)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The tables of the page, by the names of its blocks."""
+
+    http: Table
+    fields: Table
+    job: Table
+    egress: Table
+    enhancement: Table
+    inside: Table
+
+
+@cache
+def collect() -> Codes:
+    """Everything, read anew from the code."""
+    return Codes(http(), field_codes(), job_codes(), egress_reasons(), enhancement_reasons(), inside())
+
+
+def http() -> Table:
+    """Status and code of every problem that the API answers."""
+    found: dict[tuple[str, int], str] = {}
+    for error, meaning in EVALUATED:
+        problem = problem_of(error)
+        found[problem.code, problem.status] = meaning
+    for module, tree in modules("serve_app"):
+        for call in calls(tree, "Problem"):
+            if len(call.args) >= 3 and all(isinstance(argument, ast.Constant) for argument in call.args[:2]):
+                status, code = (ast.literal_eval(argument) for argument in call.args[:2])
+                if code not in FIELD_CODES and code not in {known for known, _ in found}:
+                    found[code, status] = said(call.args[2], tree) + ("" if "functions" not in module else " (/functions)")
+    rows = [(f"`{code}`", str(status), meaning) for (code, status), meaning in sorted(found.items(), key=lambda f: f[0][::-1])]
+    return ("Code", "Status", "Meaning"), rows
+
+
+def said(node: ast.expr, tree: ast.Module) -> str:
+    """The message of a problem, as far as it stands in the code; what is put in is shown as an ellipsis."""
+    if isinstance(node, ast.Name):
+        texts = [
+            item.value
+            for item in ast.walk(tree)
+            if isinstance(item, ast.Assign) and any(isinstance(t, ast.Name) and t.id == node.id for t in item.targets)
+        ]
+        return said(texts[0], tree) if texts else ""
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    text = "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
+def field_codes() -> Table:
+    """The codes of single fields."""
+    documented = inspect.getdoc(params.FieldError) or ""
+    listed = re.search(r"`code`: ([\w\s,]+)\.", documented)
+    assert listed is not None, "models.params.FieldError lists its codes"
+    names = set(re.findall(r"\w+", listed[1])) - {"or"}
+    agree("field codes", names, set(FIELD_CODES))
+    return ("Code", "Meaning"), [(f"`{name}`", meaning) for name, meaning in FIELD_CODES.items()]
+
+
+def job_codes() -> Table:
+    """The codes with which a job fails."""
+    tree = dict(re.findall(r"[├└]── (\w+) +\w+ {2,}(.+)", inspect.getdoc(generation) or ""))
+    rows = []
+    for kind in leaves(generation.GenerationError):
+        meaning = tree.get(kind.__name__) or (inspect.getdoc(kind) or "").partition("\n\n")[0]
+        assert meaning, f"{kind.__name__} has no docstring"
+        if kind.code != "cancelled":  # a state of its own, not a failure
+            meaning = meaning[:1].upper() + meaning[1:].replace("\n", " ").rstrip(".") + "."
+            rows.append((f"`{kind.code}`", "yes" if kind.retryable else "no", meaning))
+    raised = set()
+    for _, module in modules("deployments"):
+        for node in ast.walk(module):
+            if isinstance(node, ast.keyword) and node.arg == "error_code":
+                raised |= {part.value for part in ast.walk(node.value) if isinstance(part, ast.Constant) and part.value}
+        raised |= {str(call.args[0].value) for call in calls(module, "_failed") if isinstance(call.args[0], ast.Constant)}
+    sql = (ROOT / "db/queries/queue.sql").read_text(encoding="utf-8")
+    raised |= set(re.findall(r"'(\w*deadline_exceeded)'", sql))
+    agree("endings of jobs", raised, set(ENDINGS))
+    rows += [(f"`{code}`", retryable, meaning) for code, (retryable, meaning) in ENDINGS.items()]
+    return ("Code", "Worth a retry", "Meaning"), sorted(rows)
+
+
+def egress_reasons() -> Table:
+    """Why a URL was refused or failed, as callbacks record it."""
+    rows = []
+    for kind, again in ((destinations.EgressRefused, "no"), (destinations.EgressFailed, "yes")):
+        listed = (inspect.getdoc(kind) or "").partition("Reasons: ")[2]
+        rows += [(f"`{reason}`", f"`{kind.code}`", again) for reason in dict.fromkeys(re.findall(r"`(\w+)`", listed))]
+    return ("Reason", "Code", "Another try may succeed"), [row for row in rows if row[0] != "`status`" or row[2] == "yes"]
+
+
+def enhancement_reasons() -> Table:
+    """Why rules stood in for the language model."""
+    meanings = {
+        "model_unavailable": "The language model is not loaded.",
+        "model_failed": "It raised an error.",
+        "too_long": "Its answer was far over the limit.",
+        "content_rejected": "Its answer breaks the content policy.",
+        "empty_answer": "It said nothing.",
+        "gibberish": "Its answer is no text. The tiny weights of the profile laptop always end here.",
+        "refusal": "It refused. A refusal is never cut down to a prompt.",
+        "not_a_prompt": "It talked, or wrote markup or code.",
+        "echo": "It repeated its instructions.",
+        "unchanged": "It gave the prompt back as it was.",
+        "unrelated": "Its answer has not one word of the prompt.",
+    }
+    listed = (inspect.getdoc(answers.unusable) or "").partition("Reasons: ")[2].partition(".")[0]
+    names = set(re.findall(r"\b[a-z_]+\b", re.sub(r"\([^)]*\)", "", listed))) - {"or", "and"}
+    agree("reasons of an unusable answer", names, set(meanings) - {"model_unavailable", "model_failed", "too_long", "content_rejected"})
+    return ("Reason", "Meaning"), [(f"`{name}`", meaning) for name, meaning in meanings.items()]
+
+
+def inside() -> Table:
+    """Exceptions that clients of the HTTP API do not see under this name: start-up, and the command line."""
+    shown = {row[0] for row in http()[1]} | {row[0] for row in job_codes()[1]}
+    rows = []
+    for module, tree in (entry for package in PACKAGES for entry in modules(package)):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                for item in node.body:
+                    is_code = isinstance(item, ast.Assign) and isinstance(item.targets[0], ast.Name) and item.targets[0].id == "code"
+                    if is_code and isinstance(item.value, ast.Constant) and f"`{item.value.value}`" not in shown:
+                        about = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
+                        rows.append((f"`{item.value.value}`", f"`{module}.{node.name}`", about))
+    return ("Code", "Exception", "Meaning"), sorted(rows)
+
+
+def leaves(kind: type[generation.GenerationError]) -> Iterator[type[generation.GenerationError]]:
+    """The concrete errors below one, those of the replicas included."""
+    assert enhancer and replica and storing  # imported, so that their errors are known
+    for child in kind.__subclasses__():
+        if "code" in vars(child):
+            yield child
+        yield from leaves(child)
+
+
+def modules(package: str) -> Iterator[tuple[str, ast.Module]]:
+    """The modules of a package, parsed."""
+    for path in sorted((ROOT / package).rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        yield name, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def calls(tree: ast.Module, name: str) -> Iterator[ast.Call]:
+    """The calls of a function or class by that name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name and node.args:
+            yield node
+
+
+def agree(what: str, in_code: set[str], here: set[str]) -> None:
+    """Raises `ValueError` when the code and this file name different ones."""
+    if in_code != here:
+        raise ValueError(f"{what}: only in the code {sorted(in_code - here)}, only in docs/error_codes.py {sorted(here - in_code)}")
