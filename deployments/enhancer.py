@@ -25,7 +25,7 @@ from deployments.metrics import Metrics
 from deployments.prompting import templates_of
 from deployments.settings import Settings
 from models.catalog import Family, Format, JobType, Quality, resolve
-from models.engine import GenerationError, GenerationFailed
+from models.engine import GenerationError
 from models.enhancement import Enhancement, enhance
 from models.params import ContentMode
 from models.policy import ContentRejected
@@ -49,6 +49,13 @@ class EnhanceRequest:
     enhanced7b: bool
     content_mode: str
     seed: int
+
+
+class TemplateMissing(GenerationError):
+    """No active template fits the job. The operator must add one; trying again changes nothing."""
+
+    code = "no_template_available"
+    retryable = False
 
 
 class PolicyRefused(GenerationError):
@@ -209,7 +216,7 @@ class Enhancer:
         except ContentRejected as error:
             raise PolicyRefused(error.message) from error
         except NoTemplate as error:
-            raise GenerationFailed(str(error)) from error
+            raise TemplateMissing(str(error)) from error
 
     async def _enhance(self, request: EnhanceRequest, should_stop: Any) -> Enhancement:
         family, quality = Family(request.family), Quality(request.quality)

@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from db.blobs import BlobNotFound, StorageUnavailable
+from db.blobs import StorageUnavailable
 from db.jobs import IdempotencyConflict, IdempotencyInFlight
-from db.pool import DatabaseUnavailable
 from deployments import destinations, enhancer, replica, storing
 from models import answers, generation, params
 from models.catalog import UnknownJobType
 from models.policy import ContentRejected
+from models.prompts import NoTemplate
 from serve_app.api.problems import problem_of
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +29,10 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 # what fails a job without an exception of ours being raised for it
 ENDINGS = {
-    "worker_lost": ("yes", "The lease ran out: the replica died, was killed or hung. Fails a job that has used up its budget."),
+    "worker_lost": (
+        "yes",
+        "The lease ran out: the replica died, was killed or hung. Fails a job that has used up its budget.",
+    ),
     "internal": ("yes", "Something escaped the replica's own handling. The job is run again while its budget lasts."),
     "deadline_exceeded": ("no", "`deadline_seconds` passed, while the job waited or ran."),
     "start_deadline_exceeded": ("no", "`start_deadline_seconds` passed before the first claim."),
@@ -47,8 +49,33 @@ FIELD_CODES = {
     "unsupported": "This job type can't honour it.",
     "conflict": "It has no effect, or contradicts another field.",
 }
-EVALUATED = (
-    (params.InvalidParams([]), "A parameter is wrong; `errors` names each. Under /v1 the code of a field is one of those below."),
+RAISED = {
+    "missing_key": "There is no `Authorization: Bearer ovz_…`.",
+    "invalid_key": "The API key is unknown, revoked or expired.",
+    "admin_only": "Only an admin may do this.",
+    "nsfw_not_allowed": "The profile, or the user's age verification, does not allow nsfw.",
+    "age_not_verified": "nsfw needs an age-verified user.",
+    "reference_not_allowed": "In nsfw mode a reference must be an image that this system made.",
+    "invalid_signature": "403: the signature of a file's URL. 401: the signature or the time of a provider's report.",
+    "job_not_found": "There is no such job, or it is somebody else's.",
+    "key_not_found": "There is no such API key, or it is somebody else's.",
+    "not_found": "There is no such file.",
+    "not_retryable": "The job is not failed or cancelled.",
+    "url_expired": "The signed URL has expired. Read the job again for a new one.",
+    "body_too_large": "The body is larger than `OURVIDZ_MAX_BODY_BYTES`.",
+    "unsupported_media_type": "Send application/json.",
+    "range_not_satisfiable": "The file has no such bytes.",
+    "invalid_json": "The body is not JSON.",
+    "invalid_request": "The shape of the request is wrong; `errors` names the fields, with pydantic's codes.",
+    "not_implemented": "A scene for enhance-prompt, or an outside provider without an adapter.",
+    "model_not_installed": "The profile has no model for this job type.",
+    "reference_type_unavailable": "The profile has no model or adapter for this kind of reference.",
+    "no_template_available": "No active prompt template fits.",
+    "database_unavailable": "Postgres is away or full. Try again after `Retry-After`.",
+    "internal": "A fault of ours, with nothing told. It is in the log.",
+}
+ANSWERS: tuple[tuple[Exception, str], ...] = (
+    (params.InvalidParams([]), "A parameter is wrong; `errors` names each, with the codes of the next table."),
     (UnknownJobType(), "There is no such job type."),
     (ContentRejected("content_minors", ""), "The content policy: sexual content that involves minors, in any mode."),
     (ContentRejected("content_sexual_in_sfw", ""), "The content policy: sexual content in sfw mode."),
@@ -57,12 +84,8 @@ EVALUATED = (
     (IdempotencyInFlight(), "A request with the key is being accepted now. Try again after `Retry-After`."),
     (destinations.EgressRefused("scheme", ""), "A callback or reference URL is refused by rule."),
     (destinations.EgressFailed("timeout", ""), "A callback or reference URL gave nothing usable."),
-    (BlobNotFound(), "There is no such file."),
     (StorageUnavailable(), "The object store is away. Try again after `Retry-After`."),
-    (DatabaseUnavailable(), "Postgres is away or full. Try again after `Retry-After`."),
-    (RequestValidationError([]), "The shape of the request is wrong; `errors` names the fields, with pydantic's codes."),
-    (HTTPException(404), "There is no such path. Other statuses of the framework likewise: `http_405`."),
-    (RuntimeError(), "A fault of ours, with nothing told. It is in the log."),
+    (HTTPException(404), "There is no such path. Other statuses of the framework likewise, such as `http_405`."),
 )
 
 
@@ -86,32 +109,19 @@ def collect() -> Codes:
 
 def http() -> Table:
     """Status and code of every problem that the API answers."""
-    found: dict[tuple[str, int], str] = {}
-    for error, meaning in EVALUATED:
-        problem = problem_of(error)
-        found[problem.code, problem.status] = meaning
-    for module, tree in modules("serve_app"):
+    statuses: dict[str, set[int]] = {NoTemplate.code: {503}}
+    for _, tree in modules("serve_app"):
         for call in calls(tree, "Problem"):
-            if len(call.args) >= 3 and all(isinstance(argument, ast.Constant) for argument in call.args[:2]):
-                status, code = (ast.literal_eval(argument) for argument in call.args[:2])
-                if code not in FIELD_CODES and code not in {known for known, _ in found}:
-                    found[code, status] = said(call.args[2], tree) + ("" if "functions" not in module else " (/functions)")
-    rows = [(f"`{code}`", str(status), meaning) for (code, status), meaning in sorted(found.items(), key=lambda f: f[0][::-1])]
-    return ("Code", "Status", "Meaning"), rows
-
-
-def said(node: ast.expr, tree: ast.Module) -> str:
-    """The message of a problem, as far as it stands in the code; what is put in is shown as an ellipsis."""
-    if isinstance(node, ast.Name):
-        texts = [
-            item.value
-            for item in ast.walk(tree)
-            if isinstance(item, ast.Assign) and any(isinstance(t, ast.Name) and t.id == node.id for t in item.targets)
-        ]
-        return said(texts[0], tree) if texts else ""
-    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-    text = "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+            status, code = (call.args[0], call.args[1]) if len(call.args) > 1 else (None, None)
+            if isinstance(status, ast.Constant) and isinstance(code, ast.Constant) and code.value not in FIELD_CODES:
+                statuses.setdefault(str(code.value), set()).add(int(str(status.value)))
+    answered = {problem_of(error).code: (problem_of(error).status, meaning) for error, meaning in ANSWERS}
+    agree("codes of the API", set(statuses) - set(answered), set(RAISED))
+    meanings = RAISED | {code: meaning for code, (_, meaning) in answered.items()}
+    for code, (status, _) in answered.items():
+        statuses.setdefault(code, set()).add(status)
+    rows = [(f"`{code}`", ", ".join(map(str, sorted(statuses[code]))), meaning) for code, meaning in meanings.items()]
+    return ("Code", "Status", "Meaning"), sorted(rows, key=lambda row: (row[1], row[0]))
 
 
 def field_codes() -> Table:
@@ -139,7 +149,9 @@ def job_codes() -> Table:
         for node in ast.walk(module):
             if isinstance(node, ast.keyword) and node.arg == "error_code":
                 raised |= {part.value for part in ast.walk(node.value) if isinstance(part, ast.Constant) and part.value}
-        raised |= {str(call.args[0].value) for call in calls(module, "_failed") if isinstance(call.args[0], ast.Constant)}
+        raised |= {
+            str(call.args[0].value) for call in calls(module, "_failed") if isinstance(call.args[0], ast.Constant)
+        }
     sql = (ROOT / "db/queries/queue.sql").read_text(encoding="utf-8")
     raised |= set(re.findall(r"'(\w*deadline_exceeded)'", sql))
     agree("endings of jobs", raised, set(ENDINGS))
@@ -153,7 +165,9 @@ def egress_reasons() -> Table:
     for kind, again in ((destinations.EgressRefused, "no"), (destinations.EgressFailed, "yes")):
         listed = (inspect.getdoc(kind) or "").partition("Reasons: ")[2]
         rows += [(f"`{reason}`", f"`{kind.code}`", again) for reason in dict.fromkeys(re.findall(r"`(\w+)`", listed))]
-    return ("Reason", "Code", "Another try may succeed"), [row for row in rows if row[0] != "`status`" or row[2] == "yes"]
+    return ("Reason", "Code", "Another try may succeed"), [
+        row for row in rows if row[0] != "`status`" or row[2] == "yes"
+    ]
 
 
 def enhancement_reasons() -> Table:
@@ -173,19 +187,27 @@ def enhancement_reasons() -> Table:
     }
     listed = (inspect.getdoc(answers.unusable) or "").partition("Reasons: ")[2].partition(".")[0]
     names = set(re.findall(r"\b[a-z_]+\b", re.sub(r"\([^)]*\)", "", listed))) - {"or", "and"}
-    agree("reasons of an unusable answer", names, set(meanings) - {"model_unavailable", "model_failed", "too_long", "content_rejected"})
+    agree(
+        "reasons of an unusable answer",
+        names,
+        set(meanings) - {"model_unavailable", "model_failed", "too_long", "content_rejected"},
+    )
     return ("Reason", "Meaning"), [(f"`{name}`", meaning) for name, meaning in meanings.items()]
 
 
 def inside() -> Table:
     """Exceptions that clients of the HTTP API do not see under this name: start-up, and the command line."""
-    shown = {row[0] for row in http()[1]} | {row[0] for row in job_codes()[1]}
+    shown = {row[0] for row in http()[1] + job_codes()[1]} | {"`cancelled`"}
     rows = []
     for module, tree in (entry for package in PACKAGES for entry in modules(package)):
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
                 for item in node.body:
-                    is_code = isinstance(item, ast.Assign) and isinstance(item.targets[0], ast.Name) and item.targets[0].id == "code"
+                    is_code = (
+                        isinstance(item, ast.Assign)
+                        and isinstance(item.targets[0], ast.Name)
+                        and item.targets[0].id == "code"
+                    )
                     if is_code and isinstance(item.value, ast.Constant) and f"`{item.value.value}`" not in shown:
                         about = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
                         rows.append((f"`{item.value.value}`", f"`{module}.{node.name}`", about))
@@ -194,7 +216,7 @@ def inside() -> Table:
 
 def leaves(kind: type[generation.GenerationError]) -> Iterator[type[generation.GenerationError]]:
     """The concrete errors below one, those of the replicas included."""
-    assert enhancer and replica and storing  # imported, so that their errors are known
+    assert all((enhancer, replica, storing))  # imported, so that their errors are known
     for child in kind.__subclasses__():
         if "code" in vars(child):
             yield child
@@ -218,4 +240,6 @@ def calls(tree: ast.Module, name: str) -> Iterator[ast.Call]:
 def agree(what: str, in_code: set[str], here: set[str]) -> None:
     """Raises `ValueError` when the code and this file name different ones."""
     if in_code != here:
-        raise ValueError(f"{what}: only in the code {sorted(in_code - here)}, only in docs/error_codes.py {sorted(here - in_code)}")
+        raise ValueError(
+            f"{what}: only in the code {sorted(in_code - here)}, only in docs/error_codes.py {sorted(here - in_code)}"
+        )

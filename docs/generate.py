@@ -1,20 +1,22 @@
 """Writes the mechanical parts of the reference from the code: `make docs`.
 
-A page under docs/reference/ is written by hand, but for the blocks between `<!-- begin NAME -->` and `<!-- end NAME -->`,
-which this script fills. `--check` changes nothing and fails when a page differs from what the code says;
-tests/test_docs.py does the same.
+A page under docs/reference/ is written by hand, but for its blocks between `<!-- begin NAME -->` and
+`<!-- end NAME -->`, which this script fills. `--check` changes nothing and fails when a page differs from what the
+code says; tests/test_docs.py does the same.
 """
 
 import ast
 import inspect
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import error_codes
+from http_operations import operations_table, parameters_table, schema_table
+from tables import bounds, code, number, table
 from typer.main import get_command
 
 from deployments import metrics as run_metrics
@@ -22,30 +24,9 @@ from deployments.settings import SECRET_FIELDS, Settings, default_state_dir
 from models.catalog import FAMILIES, JOB_TYPES, default_for
 from models.profile import load_profile, profile_names
 from serve_app.api import health
-from serve_app.api.auth import authenticate, require_admin
-from serve_app.app import api, event_streams, openapi_document
 from serve_app.cli import app as command_line
 
 REFERENCE = Path(__file__).parent / "reference"
-WITHOUT_KEY = {"getFile": "a signed URL", "jobCallback": "a signed body"}
-
-
-def table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table. None is an empty cell."""
-    columns = list(columns)
-    lines = [columns, ["---"] * len(columns)]
-    lines += [["" if cell is None else str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def code(text: object) -> str:
-    """Inline code; nothing for an empty text."""
-    return f"`{text}`" if str(text) else ""
-
-
-def sentence(text: str | None) -> str:
-    """The first paragraph of a docstring, in one line."""
-    return " ".join(inspect.cleandoc(text or "").partition("\n\n")[0].split())
 
 
 # --- settings ---------------------------------------------------------------------------------------------
@@ -60,22 +41,14 @@ def settings_table() -> str:
         if field.default_factory is default_state_dir:
             shown = "`$XDG_STATE_HOME/ourvidz`, else `~/.local/state/ourvidz`"
         elif isinstance(default, tuple):
-            shown = code(",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in default))
+            shown = code(",".join(number(item) if isinstance(item, float) else str(item) for item in default))
         else:
-            shown = "" if default is None else code(f"{default:g}" if isinstance(default, float) else default)
-        secret = "secret; " if name in SECRET_FIELDS else ""
-        rows.append((code(f"OURVIDZ_{name.upper()}"), shown, bounds(properties[name]), secret + (field.description or "")))
+            shown = "" if default is None else code(number(default) if isinstance(default, float) else default)
+        secret = "Secret. " if name in SECRET_FIELDS else ""
+        rows.append(
+            (code(f"OURVIDZ_{name.upper()}"), shown, bounds(properties[name]), secret + (field.description or ""))
+        )
     return table(("Variable", "Default", "Allowed", "Meaning"), rows)
-
-
-def bounds(schema: Mapping[str, Any]) -> str:
-    """The numeric range of a JSON schema."""
-    low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
-    high = schema.get("maximum")
-    lower = f"{low:g}" if low is not None else f"more than {above:g}" if above is not None else ""
-    if lower and high is not None:
-        return f"{lower} to {high:g}"
-    return f"at least {lower}" if low is not None else lower if lower else "" if high is None else f"at most {high:g}"
 
 
 # --- command line -----------------------------------------------------------------------------------------
@@ -121,97 +94,6 @@ def parameter_row(parameter: Any) -> tuple[str, str, str]:
     default = parameter.default
     shown = "" if default is None or default is False or callable(default) else code(default)
     return code(names), shown, parameter.help or ""
-
-
-# --- HTTP -------------------------------------------------------------------------------------------------
-
-
-def operations() -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Every operation of the OpenAPI document: method, path, operation."""
-    for path, item in openapi_document()["paths"].items():
-        for method, operation in item.items():
-            yield method.upper(), path, operation
-
-
-def admin_operations() -> set[str]:
-    """The ids of the operations that only an admin may call."""
-
-    def depends(dependant: Any, on: Callable[..., Any]) -> bool:
-        return dependant.call is on or any(depends(child, on) for child in dependant.dependencies)
-
-    found = set()
-    for app in (api(Settings.load()), event_streams(Settings.load())):
-        routers = [route.original_router for route in app.routes if hasattr(route, "original_router")]
-        for route in [*app.routes, *(route for router in routers for route in router.routes)]:
-            dependant = getattr(route, "dependant", None)
-            if dependant is not None and depends(dependant, require_admin):
-                assert depends(dependant, authenticate)
-                found.add(route.operation_id)
-    return found
-
-
-def operations_table() -> str:
-    """Every operation, who may call it, and what it is for."""
-    admin, rows = admin_operations(), []
-    for method, path, operation in operations():
-        name = operation["operationId"]
-        keyed = "an admin's key" if name in admin else "an API key"
-        who = keyed if operation.get("security") else WITHOUT_KEY.get(name, "anybody")
-        success = ", ".join(status for status in operation["responses"] if status < "400")
-        rows.append((code(f"{method} {path}"), code(name), who, success, sentence(operation.get("description"))))
-    return table(("Operation", "Id", "Needs", "Success", "What it does"), rows)
-
-
-def parameters_table() -> str:
-    """The query parameters and headers of all operations."""
-    rows = []
-    for _, _, operation in operations():
-        for given in operation.get("parameters", ()):
-            if given["in"] != "path":
-                schema = given["schema"]
-                note = given.get("description", "")
-                default = schema.get("default")
-                rows.append(
-                    (
-                        code(operation["operationId"]),
-                        code(given["name"]),
-                        given["in"],
-                        type_of(schema),
-                        "required" if given["required"] else code("" if default is None else default),
-                        note,
-                    )
-                )
-    return table(("Operation", "Name", "Where", "Type", "Default", "Meaning"), rows)
-
-
-def type_of(schema: Mapping[str, Any]) -> str:
-    """A JSON schema in a few words."""
-    if "$ref" in schema:
-        return schema["$ref"].rpartition("/")[2]
-    if "anyOf" in schema:
-        return " or ".join(type_of(choice) for choice in schema["anyOf"])
-    if "enum" in schema:
-        return ", ".join(map(str, schema["enum"]))
-    if "const" in schema:
-        return str(schema["const"])
-    kind = str(schema.get("type", "any"))
-    if kind == "array":
-        return f"list of {type_of(schema.get('items', {}))}"
-    return " ".join(filter(None, (schema.get("format", kind), bounds(schema))))
-
-
-def schema_table(name: str) -> str:
-    """The fields of one schema of the OpenAPI document."""
-    schema = openapi_document()["components"]["schemas"][name]
-    required = set(schema.get("required", ()))
-    rows = []
-    for field, about in schema["properties"].items():
-        default = about.get("default")
-        shown = "required" if field in required else code("" if default is None else default)
-        rows.append((code(field), type_of(about), shown, about.get("description", "")))
-    if all(row[2] == "required" for row in rows):
-        return table(("Field", "Type", "Meaning"), (row[:2] + row[3:] for row in rows))
-    return table(("Field", "Type", "Default", "Meaning"), rows)
 
 
 # --- models -----------------------------------------------------------------------------------------------
@@ -319,18 +201,23 @@ def process_metrics_table() -> str:
     return table(("Metric", "Kind", "Labels", "Meaning", "Buckets (seconds)"), rows)
 
 
+def error_table(name: str) -> str:
+    """One of the tables of error codes."""
+    columns, rows = getattr(error_codes.collect(), name)
+    return table(columns, rows)
+
+
+SCHEMAS = ("JobRequest", "Job", "Asset", "CreateKey", "Key")
+
 BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "settings.md": {"settings": settings_table},
     "cli.md": {"commands": command_sections},
     "http.md": {
         "operations": operations_table,
         "parameters": parameters_table,
-        **{name: lambda name=name: schema_table(name) for name in ("JobRequest", "Job", "Asset", "CreateKey", "Key")},
+        **{name: partial(schema_table, name) for name in SCHEMAS},
     },
-    "errors.md": {
-        field.name: lambda name=field.name: table(*getattr(error_codes.collect(), name))
-        for field in fields(error_codes.Codes)
-    },
+    "errors.md": {field.name: partial(error_table, field.name) for field in fields(error_codes.Codes)},
     "job-types.md": {"job-types": job_types_table, "families": families_table},
     "profiles.md": {"profiles": profiles_table},
     "metrics.md": {"state-metrics": state_metrics_table, "process-metrics": process_metrics_table},
@@ -338,15 +225,15 @@ BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
 
 
 def filled(page: Path, blocks: Mapping[str, Callable[[], str]]) -> str:
-    """A page with its blocks as the code says now. Raises `ValueError` for a page without a block that it should have."""
+    """A page with its blocks as the code says now. Raises `ValueError` for a page that lacks one of them."""
     text = page.read_text(encoding="utf-8")
     for name, block in blocks.items():
         begin, end = f"<!-- begin {name} -->\n", f"\n<!-- end {name} -->"
-        if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"{page.name} must have one block {name}")
-        text = re.sub(
-            re.escape(begin) + ".*?" + re.escape(end), lambda _: begin + block() + end, text, count=1, flags=re.DOTALL
-        )
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise ValueError(f"{page.name} must have a block {name}")
+        text = before + begin + block() + end + after
     return text
 
 

@@ -25,6 +25,31 @@ from serve_app.submission import MAX_METADATA_BYTES, Submission, submit
 
 router = APIRouter(prefix="/functions/v1", tags=["functions"])
 
+# what is read from the body; anything else is carried in the job's metadata, so that nothing is lost
+READ = {
+    "job_type",
+    "jobType",
+    "prompt",
+    "original_prompt",
+    "originalPrompt",
+    "enhanced_prompt",
+    "enhancedPrompt",
+    "negative_prompt",
+    "seed",
+    "num_images",
+    "steps",
+    "guidance_scale",
+    "compel_enabled",
+    "compel_weights",
+    "reference_image_url",
+    "reference_strength",
+    "denoise_strength",
+    "callback_url",
+    "contentType",
+    "content_type",
+    "aspect_ratio",
+    "metadata",
+}
 RATIOS = {"1:1": 1.0, "16:9": 16 / 9, "9:16": 9 / 16, "4:3": 4 / 3, "3:4": 3 / 4, "3:2": 3 / 2, "2:3": 2 / 3}
 
 
@@ -75,6 +100,12 @@ async def _submission(
         "compel_enabled": either("compel_enabled"),
         "content_mode": _content_mode(either("contentType", "content_type")),
     }
+    weights = either("compel_weights")
+    if weights and given["compel_enabled"]:
+        if not isinstance(weights, str):
+            message = 'must be text such as "(sharp focus:1.2), (grain:0.8)"'
+            raise Problem(400, "type", message, field="compel_weights")
+        given["prompt"] = f"{prompt}, {weights}" if prompt else weights
     strength = None
     if reference:
         denoise = either("denoise_strength")
@@ -100,7 +131,7 @@ async def _submission(
         reference_strength=strength,
         callback_url=either("callback_url"),
         destination="library" if metadata.get("destination") == "library" else "workspace",
-        metadata=metadata,
+        metadata={name: value for name, value in body.items() if name not in READ} | dict(metadata),
     )
 
 

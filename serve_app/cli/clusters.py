@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
+import yaml
 
 from db import embedded
 from db.access import Access
@@ -56,7 +57,11 @@ def serve(
     The environment wins over the config; secrets come from the environment only. On a Ray cluster of several
     machines, use `serve deploy` instead.
     """
-    settings = load_settings(config_args(load_config(config)))
+    try:
+        args = config_args(load_config(config))
+    except (ClusterError, yaml.YAMLError) as error:
+        raise Stop(f"{config} is no Serve config: {error}", USAGE) from error
+    settings = load_settings(args)
     with _running(settings, config, None) as addresses:
         kept = run(_first_admin(settings))
         _announce(addresses, as_json, {"key_file": str(kept)} if kept else {})

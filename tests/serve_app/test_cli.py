@@ -345,6 +345,14 @@ async def test_serve_without_a_config_is_usage(tmp_path: Path) -> None:
     assert (code, "none.yaml" in err) == (2, True)
 
 
+@pytest.mark.parametrize("text", ["a: [", "just text", "applications: []"])
+async def test_serve_of_what_is_no_config_is_usage(tmp_path: Path, text: str) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(text)
+    code, out, err = await run_command("serve", str(config), environment=bare(tmp_path))
+    assert (code, out, "no Serve config" in err) == (2, "", True)
+
+
 async def test_down_leaves_a_postgres_of_ones_own_alone(tmp_path: Path, database: Any) -> None:
     code, _, err = await run_command("down", environment=bare(tmp_path, DATABASE_URL=database.url))
     assert (code, "does not stop" in err) == (2, True)
