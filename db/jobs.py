@@ -92,7 +92,7 @@ class NewJob:
     callback_events: Sequence[str] = ("processing", "completed", "failed", "cancelled")
     destination: str = "workspace"
     traceparent: str | None = None
-    run_at: datetime | None = None
+    start_after_seconds: float | None = None
     start_deadline_seconds: float | None = None
     deadline_seconds: float | None = None
 

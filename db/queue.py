@@ -216,6 +216,11 @@ class Queue:
             await self.settle([Settlement(job_id=job_id, status=Status.CANCELLED)], connection)
             return "cancelled"
 
+    async def cancel_reason(self, job_id: UUID, attempt: int) -> str | None:
+        """Why a job that runs under this attempt is to stop; None when it is not, or does not run under it."""
+        reason: str | None = await self._sql.cancel_reason(self._pool, job_id=job_id, attempt=attempt)
+        return reason
+
     async def flag_deadline(self, job_id: UUID) -> bool:
         """Ask the replica that runs a job to stop it, because its deadline has passed."""
         return await self._sql.flag_cancel(self._pool, job_id=job_id, reason=CancelReason.DEADLINE) is not None

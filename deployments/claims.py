@@ -25,6 +25,7 @@ log = structlog.get_logger()
 # `denoise` counts from step to step; the others from their beginning.
 PHASE_ALLOWANCE = {"waiting": 3600.0, "encode": 300.0, "denoise": 300.0, "decode": 600.0, "encode_media": 300.0}
 DEFAULT_ALLOWANCE = 300.0
+STOP_ALLOWANCE = 120.0  # for a step or a decode that can't be interrupted, after the lease is lost
 PROGRESS_SECONDS = 0.5  # progress goes out at most twice a second
 DATABASE_FAULTS = (*CONNECTION_FAULTS, asyncpg.PostgresError)
 
@@ -48,6 +49,7 @@ class Held:
     steps: int | None = None
     activity: int = 0
     stop_reason: StopReason | None = None
+    lost_at: float | None = None
     on_stop: Callable[[], None] | None = None
     settling: bool = False  # the end is being written: that the job is missing then proves nothing
     # on this process' own clock: when the lease ends at the latest, and when the work last showed progress
@@ -99,16 +101,25 @@ class ClaimLoop:
         poll_seconds: float,
         on_news: Callable[[UUID], None] = lambda job_id: None,
         on_lost: Callable[[], None] = lambda: None,
+        may_claim: Callable[[], bool] = lambda: True,
     ) -> None:
         self._queue, self._name, self._worker, self._work = queue, name, worker, work
         self._slots = slots
         self._lease, self._renew, self._poll = lease_seconds, renew_seconds, poll_seconds
-        self._on_news, self._on_lost = on_news, on_lost
+        self._on_news, self._on_lost, self._may_claim = on_news, on_lost, may_claim
         self._wake = asyncio.Event()
         self._claiming = True
         self._tasks: dict[asyncio.Task[None], Held] = {}
         self._loops: list[asyncio.Task[None]] = []
-        self.fault: str | None = None
+        self._died: str | None = None
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong beyond repair: a loop of ours has died, or work does not stop although its lease is lost."""
+        now = time.monotonic()
+        if any(h.lost_at is not None and now - h.lost_at > STOP_ALLOWANCE for h in self._tasks.values()):
+            return "the engine does not let go of a job that is lost"
+        return self._died
 
     @property
     def running(self) -> int:
@@ -129,6 +140,8 @@ class ClaimLoop:
         """Stop claiming, let the running jobs finish for so long, then hand back the rest. Renewals go on meanwhile."""
         self._claiming = False
         self._wake.set()
+        if self._loops:  # a claim that is under way must come back, or its jobs would wait for their leases
+            await asyncio.wait(self._loops[:1], timeout=self._lease)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
         for held in list(self._tasks.values()):
@@ -141,15 +154,15 @@ class ClaimLoop:
 
     def _note_end(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and task.exception() is not None:
-            self.fault = f"{type(task.exception()).__name__} in the claim loop"
-            log.error("claim_loop_died", queue=self._name, error=self.fault)
+            self._died = f"{type(task.exception()).__name__} in the claim loop"
+            log.error("claim_loop_died", queue=self._name, error=self._died)
 
     async def _claim_forever(self) -> None:
         while self._claiming:
             self._wake.clear()
             free = self._slots - len(self._tasks)
             claims: list[Claim] = []
-            if free > 0:
+            if free > 0 and self._may_claim():
                 started = time.monotonic()
                 try:
                     claims = await self._queue.claim(self._name, self._worker, free, self._lease)
@@ -246,6 +259,7 @@ class ClaimLoop:
             phase=held.phase,
             stalled=held.stalled,
         )
+        held.lost_at = time.monotonic()
         held.stop(StopReason.LOST)
         self._on_lost()
 

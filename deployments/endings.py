@@ -52,7 +52,8 @@ class Endings:
         if await self._queue.requeue([requeue]):
             return True
         # the one other reason that a row of ours does not move: it carries a cancel that we have not seen yet
-        return await self.cancelled(held, "user")
+        reason = await self._queue.cancel_reason(requeue.job_id, requeue.attempt)
+        return reason is not None and await self.cancelled(held, reason)
 
     async def failed(self, held: Held, error: GenerationError) -> str:
         """End or repeat a job after an error, by what stopped it and by what is left of its budget.

@@ -171,7 +171,7 @@ class Enhancer:
 
     async def _work(self, held: Held) -> None:
         """One job's enhancement stage, from claim to the next queue."""
-        claim, outcome, queue = held.claim, "lost", QUEUE
+        claim, outcome, queue = held.claim, "unknown", QUEUE
         started = time.monotonic()
         try:
             job_type = resolve(claim.job["job_type"])

@@ -71,6 +71,7 @@ class Replica:
             poll_seconds=settings.poll_seconds,
             on_news=self._notifier.job,
             on_lost=lambda: self.metrics.lease_lost(self.family),
+            may_claim=lambda: self.engine is not None and self.engine.alive,
         )
         self._listener = Listener(url, QUEUE_CHANNEL, self._heard, role=WORKER_ROLE)
         self._listener.start()
@@ -134,7 +135,9 @@ class Replica:
 
     async def _work(self, held: Held) -> None:
         """One job, from claim to end."""
-        claim, outcome = held.claim, "lost"
+        # `unknown` stays when the end could not be written and may or may not have been: then the files are not ours
+        # to delete, since a committed row may speak of them
+        claim, outcome = held.claim, "unknown"
         started = time.monotonic()
         try:
             generation, assets = await self._make(held)
@@ -143,7 +146,7 @@ class Replica:
             outcome = await self._endings.failed(held, error)
             self.metrics.job_failed(self.family, error.code, outcome)
         finally:
-            if outcome != "completed":
+            if outcome not in ("completed", "unknown"):
                 await self._storing.discard(claim)
             self._notifier.job(claim.job_id)
             self._notifier.queue("callbacks")

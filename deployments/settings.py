@@ -20,7 +20,8 @@ from db import embedded
 from deployments.destinations import AllowedHost, EgressPolicy
 from models.profile import Profile, load_profile
 
-SECRET_FIELDS = frozenset({"database_url", "signing_secret", "callback_secret", "job_callback_secret"})
+GENERATED = ("signing_secret", "callback_secret", "job_callback_secret")  # on a laptop, where they are missing
+SECRET_FIELDS = frozenset({"database_url", "metrics_token", *GENERATED})
 
 
 class SettingsError(RuntimeError):
@@ -60,6 +61,9 @@ class Settings(BaseSettings):
     )
     job_callback_secret: SecretStr | None = Field(
         None, description="Shared secret of outside providers that report to /functions/v1/job-callback."
+    )
+    metrics_token: SecretStr | None = Field(
+        None, description="When set, /metrics wants it as a bearer token. It names no user and no prompt either way."
     )
     egress_allow: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Origins that callbacks and references may reach although private, e.g. http://10.0.0.7:9000."
@@ -167,7 +171,7 @@ class Settings(BaseSettings):
     def _laptop_secrets(self) -> dict[str, str]:
         path = self.state_dir / "secrets.json"
         self.state_dir.mkdir(parents=True, exist_ok=True)
-        fresh = {name: base64.b64encode(secrets.token_bytes(32)).decode() for name in SECRET_FIELDS - {"database_url"}}
+        fresh = {name: base64.b64encode(secrets.token_bytes(32)).decode() for name in GENERATED}
         draft = path.with_name(f".secrets.{os.getpid()}.{secrets.token_hex(4)}")
         if not path.exists():
             descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -20,7 +20,7 @@ from deployments.serving import (
     MediaReplica,
     UpkeepDuty,
 )
-from deployments.settings import Settings
+from deployments.settings import GENERATED, Settings
 from models.catalog import Family
 from serve_app import events
 from serve_app.api import enhancement, files, functions, health, jobs, keys, problems, providers
@@ -150,7 +150,7 @@ def _settings(args: dict[str, Any]) -> Settings:
     """The settings, with the database prepared; a missing secret stops the deployment, not the first request."""
     configure_logs()
     settings = Settings.load(args)
-    for name in ("signing_secret", "callback_secret", "job_callback_secret"):
+    for name in GENERATED:
         settings.secret(name)
     asyncio.run(prepare(settings))
     return settings

@@ -6,6 +6,8 @@ nothing here is needed. Stopping drains: replicas finish or hand back their jobs
 
 import contextlib
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import structlog
 import yaml
 
 from db import embedded
-from deployments.settings import Settings
+from deployments.settings import SECRET_FIELDS, Settings
 
 log = structlog.get_logger()
 
@@ -94,7 +96,7 @@ class Cluster:
         import ray
 
         options: dict[str, Any] = {"object_store_memory": LAPTOP_OBJECT_STORE_BYTES}
-        with environment(self.settings):
+        with environment(self.settings), _own_signal_handlers():
             context = ray.init(
                 address="local",
                 namespace="serve",
@@ -177,8 +179,10 @@ def config_args(config: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def environment(settings: Settings) -> Iterator[None]:
     """The environment in which Ray's processes start: these settings, secrets included, win over every config."""
-    changed = {f"OURVIDZ_{name.upper()}": _as_text(value) for name, value in settings.shared().items() if value is not None}
-    for name in ("database_url", "signing_secret", "callback_secret", "job_callback_secret"):
+    changed = {
+        f"OURVIDZ_{name.upper()}": _as_text(value) for name, value in settings.shared().items() if value is not None
+    }
+    for name in SECRET_FIELDS:
         secret = getattr(settings, name)
         if secret is not None:
             changed[f"OURVIDZ_{name.upper()}"] = secret.get_secret_value()
@@ -190,6 +194,19 @@ def environment(settings: Settings) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Keep this program's handler of SIGTERM: ray.init puts one of its own there, which ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _as_text(value: Any) -> str:

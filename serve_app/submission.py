@@ -6,7 +6,6 @@ import contextlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -79,9 +78,6 @@ async def submit(
     params, stored = await _keep_reference(edge, user, job_id, asked, params)
     enhances = (job_type.enhanced or bool(asked.enhance)) and not asked.enhanced_prompt and bool(params.prompt)
     stage = Stage.ENHANCE if enhances else Stage.GENERATE
-    run_at = None
-    if asked.start_after_seconds is not None:
-        run_at = datetime.now(UTC) + timedelta(seconds=asked.start_after_seconds)
     job = NewJob(
         id=job_id,
         user_id=user.user_id,
@@ -105,7 +101,7 @@ async def submit(
         callback_events=asked.callback_events or ("processing", "completed", "failed", "cancelled"),
         destination=asked.destination,
         traceparent=asked.traceparent,
-        run_at=run_at,
+        start_after_seconds=asked.start_after_seconds,
         start_deadline_seconds=asked.start_deadline_seconds,
         deadline_seconds=asked.deadline_seconds,
     )

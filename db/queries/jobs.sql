@@ -20,7 +20,7 @@ WITH given AS MATERIALIZED (
     id uuid, user_id uuid, job_type text, format text, quality text, model_type text, stage text, content_mode text,
     original_prompt text, enhanced_prompt text, params jsonb, metadata jsonb, adjustments jsonb, max_attempts int,
     callback_url text, callback_events text[], destination text, traceparent text,
-    queue text, class smallint, cost real, run_at timestamptz, start_deadline_seconds double precision,
+    queue text, class smallint, cost real, start_after_seconds double precision, start_deadline_seconds double precision,
     deadline_seconds double precision, credits numeric)
 ), made AS (
   INSERT INTO jobs (id, user_id, job_type, format, quality, model_type, stage, content_mode, original_prompt,
@@ -35,7 +35,8 @@ WITH given AS MATERIALIZED (
 ), queued AS (
   INSERT INTO job_queue (job_id, user_id, queue, class, tag, cost, state, run_at, max_attempts, start_deadline, deadline)
   SELECT m.id, m.user_id, g.queue, g.class, ourvidz.next_tag(g.queue, m.user_id, g.cost), g.cost,
-         (CASE WHEN g.run_at > now() THEN 'scheduled' ELSE 'ready' END)::queue_state, coalesce(g.run_at, now()),
+         (CASE WHEN g.start_after_seconds > 0 THEN 'scheduled' ELSE 'ready' END)::queue_state,
+         now() + make_interval(secs => coalesce(g.start_after_seconds, 0)),
          m.max_attempts, now() + make_interval(secs => g.start_deadline_seconds),
          now() + make_interval(secs => g.deadline_seconds)
   FROM made m JOIN given g USING (id)

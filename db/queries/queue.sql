@@ -140,6 +140,9 @@ WITH flagged AS (
 )
 SELECT job_id, queue FROM flagged;
 
+-- name: cancel_reason(job_id, attempt)$
+SELECT cancel FROM job_queue WHERE job_id = :job_id AND attempt = :attempt AND state = 'running';
+
 -- name: queue_row(job_id)^
 -- The queue row of a job, locked against everyone else until the transaction ends.
 SELECT job_id, state, cancel FROM job_queue WHERE job_id = :job_id FOR UPDATE;

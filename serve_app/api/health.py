@@ -1,15 +1,17 @@
 """/healthz, /readyz, /metrics and the operators' look at queues and workers."""
 
 import asyncio
+import hmac
 from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 
 from db.pool import CONNECTION_FAULTS
 from serve_app.api.auth import Admin, EdgeDep
+from serve_app.api.problems import Problem
 from serve_app.edge import Edge
 from serve_app.version import VERSION
 
@@ -42,9 +44,14 @@ async def ready(edge: EdgeDep, response: Response) -> dict[str, Any]:
 
 
 @router.get("/metrics", operation_id="metrics", response_class=Response)
-async def metrics(edge: EdgeDep) -> Response:
+async def metrics(edge: EdgeDep, request: Request) -> Response:
     """For Prometheus: what Postgres says now, so that every replica of the API answers the same. What is counted inside
     processes is exported by Ray, as `ray_ourvidz_…`."""
+    token = edge.settings.metrics_token
+    if token is not None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(), token.get_secret_value().encode()):
+            raise Problem(401, "invalid_key", "Invalid authorization", headers={"WWW-Authenticate": "Bearer"})
     return Response(generate_latest(await _registry(edge)), media_type=CONTENT_TYPE_LATEST)
 
 
