@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from db.prompts import NegativeRow, TemplateRow
 from models.catalog import Family, Format, Quality
-from models.prompts import NegativePreset, Template, builtin_negatives, builtin_templates
+from models.negatives import NegativePreset, builtin_negatives
+from models.prompts import Template, builtin_templates
 
 
 def template_rows() -> list[TemplateRow]:

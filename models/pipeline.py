@@ -23,6 +23,7 @@ from models.generation import (
     ModelLoadFailed,
     Phase,
 )
+from models.libraries import quiet_libraries
 from models.params import GenerationParams
 from models.profile import ModelSpec
 
@@ -224,15 +225,6 @@ class _Unwatched:
 
     def phase(self, name: Phase) -> None:
         return None
-
-
-def quiet_libraries() -> None:
-    """Switches off the progress bars of diffusers and transformers, which would be written into the log."""
-    import diffusers.utils
-    import transformers.utils
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def seeds_from(seed: int, count: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Prompts as text with a budget: enhancer templates, token counts, shortening, rule-based additions.
 
 The texts stand in `configs/templates.yaml`; an installation may give its own `Template`s, read from its tables,
-to the same functions. Negative prompts are in `models.negatives` and can be had from here.
+to the same functions. Negative prompts are in `models.negatives`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,6 @@ from typing import Any
 import yaml
 
 from models.catalog import Family, Format, Quality
-from models.negatives import GenerationMode as GenerationMode
-from models.negatives import NegativePreset as NegativePreset
-from models.negatives import builtin_negatives as builtin_negatives
-from models.negatives import negative_prompt as negative_prompt
 from models.params import ContentMode
 
 

@@ -80,7 +80,7 @@ def ensure_tiny(family: str, root: Path) -> Path:
 def _build(build: Callable[[Path], None], folder: Path) -> None:
     import torch
 
-    from models.pipeline import quiet_libraries
+    from models.libraries import quiet_libraries
 
     quiet_libraries()
     with torch.random.fork_rng(devices=[]):

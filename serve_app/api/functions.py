@@ -14,8 +14,8 @@ from db.access import Principal
 from db.jobs import canonical_body
 from deployments.prompting import negatives_of
 from models.catalog import FAMILIES, Family, JobType, resolve
+from models.negatives import negative_prompt
 from models.params import ContentMode
-from models.prompts import negative_prompt
 from serve_app.api.auth import EdgeDep, User
 from serve_app.api.bodies import json_object
 from serve_app.api.jobs import IdempotencyKey, owned
