@@ -250,6 +250,20 @@ class Queue:
         """Stop or resume the claims of a queue; running jobs go on."""
         await self._sql.pause(self._pool, queue=queue, paused=paused)
 
+    async def paused(self) -> set[str]:
+        """The queues that nothing is claimed from."""
+        return {row["name"] async for row in self._sql.paused(self._pool)}
+
+    async def live_attempts(self, attempts: set[tuple[UUID, int]]) -> set[tuple[UUID, int]]:
+        """Of these attempts, the one that won each job, and those that run now: their files are spoken of."""
+        pairs = list(attempts)
+        rows = self._sql.live_attempts(self._pool, job_ids=[p[0] for p in pairs], attempts=[p[1] for p in pairs])
+        return {(row["job_id"], row["attempt"]) async for row in rows}
+
+    async def known_jobs(self, job_ids: set[UUID]) -> set[UUID]:
+        """Of these jobs, those that exist."""
+        return {row["id"] async for row in self._sql.known_jobs(self._pool, job_ids=list(job_ids))}
+
     async def prune(self, days: int) -> None:
         """Delete what nobody asks for any more: events and delivery logs of ended jobs, old keys and workers."""
         await self._sql.prune_events(self._pool, days=days)

@@ -8,6 +8,9 @@ import asyncio
 import contextlib
 from typing import Any
 
+import structlog
+
+from db.blobs import BlobStore
 from db.callbacks import Callbacks
 from db.notify import QUEUE_CHANNEL, Listener, Notifier
 from db.pool import WORKER_ROLE, open_pool
@@ -19,10 +22,13 @@ from deployments.logs import configure_logs
 from deployments.metrics import Metrics
 from deployments.replica import Replica
 from deployments.settings import Settings
+from deployments.sweep import Sweep
 from deployments.upkeep import Upkeep
 
+log = structlog.get_logger()
+
 # Serve waits this much longer than our own drain before it kills a replica.
-STOP_MARGIN_SECONDS = 15.0
+STOP_MARGIN_SECONDS = 20.0
 
 
 class Unhealthy(RuntimeError):
@@ -128,7 +134,18 @@ class UpkeepDuty(_Duty):
         self._notifier = Notifier(self.pool)
         upkeep = Upkeep(Queue(self.pool), self._notifier, self.settings.event_retention_days)
         self.task = asyncio.create_task(upkeep.run(self.settings.upkeep_seconds, self.stopping))
+        sweep = Sweep(BlobStore.from_url(self.settings.blobs()), Queue(self.pool), self.settings.orphan_grace_seconds)
+        self._sweeping = asyncio.create_task(self._sweep(sweep))
+
+    async def _sweep(self, sweep: Sweep) -> None:
+        while True:
+            await asyncio.sleep(self.settings.sweep_seconds)
+            try:
+                await sweep.once()
+            except Exception as error:  # the next round tries again; jobs don't wait for this duty
+                log.warning("sweep_failed", error=type(error).__name__)
 
     async def __del__(self) -> None:
+        self._sweeping.cancel()
         await self._notifier.close()
         await self._close()

@@ -93,6 +93,8 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(1_000_000, ge=1000, description="Largest request body.")
     max_reference_bytes: int = Field(20_000_000, ge=1000, description="Largest reference image.")
     max_reference_pixels: int = Field(40_000_000, ge=1000, description="Most pixels of a reference image.")
+    sweep_seconds: float = Field(600, ge=1, description="How often the object store is searched for orphaned files.")
+    orphan_grace_seconds: float = Field(3600, ge=0, description="How old a file that nothing speaks of must be to go.")
     event_retention_days: int = Field(30, ge=1, description="How long job events and delivery logs are kept.")
 
     @field_validator("egress_allow", "callback_schedule", mode="before")

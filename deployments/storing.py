@@ -20,7 +20,8 @@ from models.media import encode_mp4, encode_png, probe, thumbnail
 
 log = structlog.get_logger()
 
-BUCKET = "workspace-temp"
+BUCKET = "workspace-temp"  # results, under the attempt that made them
+REFERENCE_BUCKET = "reference_images"
 
 
 class StorageFailed(GenerationError):

@@ -23,7 +23,7 @@ from deployments.serving import (
 from deployments.settings import GENERATED, Settings
 from models.catalog import Family
 from serve_app import events
-from serve_app.api import enhancement, files, functions, health, jobs, keys, problems, providers
+from serve_app.api import enhancement, files, functions, health, jobs, keys, operations, problems, providers
 from serve_app.api.limits import BodyLimit
 from serve_app.bootstrap import prepare
 from serve_app.edge import open_edge
@@ -53,7 +53,7 @@ def api(settings: Settings, enhancer: Any = None) -> FastAPI:
         separate_input_output_schemas=False,
     )
     problems.install(app)
-    for module in (jobs, keys, files, functions, enhancement, providers, health):
+    for module in (jobs, keys, files, operations, functions, enhancement, providers, health):
         app.include_router(module.router)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(

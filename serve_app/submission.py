@@ -15,6 +15,7 @@ from db.access import Principal
 from db.blobs import StorageUnavailable
 from db.jobs import Accepted, NewJob, Stage
 from deployments.destinations import EgressError
+from deployments.storing import REFERENCE_BUCKET
 from models.catalog import Family, JobType, resolve
 from models.media import open_reference
 from models.params import FieldError, GenerationParams, GivenParams, InvalidParams, Reference, resolve_params
@@ -23,7 +24,6 @@ from models.profile import ModelSpec
 from serve_app.api.problems import Problem
 from serve_app.edge import Edge
 
-REFERENCE_BUCKET = "reference_images"
 REFERENCE_SECONDS = 20.0
 REFERENCE_TYPES = ("image/png", "image/jpeg", "image/webp")
 ENHANCE_SECONDS = 3.0  # of predicted work, until runs have been measured

@@ -215,3 +215,17 @@ WHERE e.job_id = j.id AND j.completed_at IS NOT NULL AND e.at < now() - make_int
 
 -- name: prune_attempts(days)!
 DELETE FROM callback_attempts WHERE at < now() - make_interval(days => :days::int);
+
+-- name: paused()
+-- The queues that nothing is claimed from.
+SELECT name FROM queues WHERE paused;
+
+-- name: live_attempts(job_ids, attempts)
+-- Of these attempts, those whose files somebody may still speak of: the winning one, and one that runs now.
+SELECT g.job_id, g.attempt FROM unnest(:job_ids::uuid[], :attempts::int[]) AS g(job_id, attempt)
+WHERE EXISTS (SELECT FROM workspace_assets a WHERE a.job_id = g.job_id AND a.attempt = g.attempt)
+   OR EXISTS (SELECT FROM job_queue q WHERE q.job_id = g.job_id AND q.attempt = g.attempt AND q.state = 'running');
+
+-- name: known_jobs(job_ids)
+-- Of these jobs, those that exist.
+SELECT id FROM jobs WHERE id = ANY(:job_ids::uuid[]);

@@ -1,4 +1,4 @@
-"""/healthz, /readyz, /metrics and the operators' look at queues and workers."""
+"""/healthz, /readyz and /metrics."""
 
 import asyncio
 import hmac
@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 
 from db.pool import CONNECTION_FAULTS
-from serve_app.api.auth import Admin, EdgeDep
+from serve_app.api.auth import EdgeDep
 from serve_app.api.problems import Problem
 from serve_app.edge import Edge
 from serve_app.version import VERSION
@@ -53,18 +53,6 @@ async def metrics(edge: EdgeDep, request: Request) -> Response:
         if not hmac.compare_digest(given.encode(), token.get_secret_value().encode()):
             raise Problem(401, "invalid_key", "Invalid authorization", headers={"WWW-Authenticate": "Bearer"})
     return Response(generate_latest(await _registry(edge)), media_type=CONTENT_TYPE_LATEST)
-
-
-@router.get("/v1/queues", operation_id="listQueues", tags=["operations"])
-async def list_queues(edge: EdgeDep, admin: Admin) -> dict[str, Any]:
-    """What is open, per queue and state."""
-    return {"data": [vars(depth) for depth in await edge.queue.depth()]}
-
-
-@router.get("/v1/workers", operation_id="listWorkers", tags=["operations"])
-async def list_workers(edge: EdgeDep, admin: Admin) -> dict[str, Any]:
-    """The replicas seen within the last minute."""
-    return {"data": [vars(worker) for worker in await edge.workers.list()]}
 
 
 async def _registry(edge: Edge) -> CollectorRegistry:

@@ -235,3 +235,57 @@ class KeyList(BaseModel):
     """API keys, oldest first."""
 
     data: list[Key]
+
+
+class QueueState(BaseModel):
+    """One queue: how many jobs are in which state. `ready_cost_seconds` is the predicted work that waits."""
+
+    name: str
+    paused: bool
+    ready: int
+    scheduled: int
+    blocked: int
+    running: int
+    oldest_ready_at: datetime | None
+    ready_cost_seconds: float
+
+
+class QueueList(BaseModel):
+    """The queues of the profile."""
+
+    data: list[QueueState]
+
+
+class WorkerList(BaseModel):
+    """The replicas seen lately."""
+
+    data: list[dict[str, Any]]
+
+
+class Delivered(BaseModel):
+    """One attempt to deliver a callback: a status of HTTP, an error's stable name, or both."""
+
+    attempt: int
+    at: datetime
+    status: int | None
+    error: str | None
+    elapsed_ms: int | None
+    response_excerpt: str | None
+
+
+class CallbackLog(BaseModel):
+    """One callback with its attempts. `next_at` is when the next one is due."""
+
+    id: str
+    event: str
+    url: str
+    state: str
+    attempts: list[Delivered]
+    next_at: datetime | None
+    delivered_at: datetime | None
+
+
+class CallbackList(BaseModel):
+    """The callbacks of a job, in their order."""
+
+    data: list[CallbackLog]

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
+import asyncpg
 import httpx2
 import pytest
 
@@ -65,12 +66,13 @@ async def test_create_keeps_the_name_of_the_type(alice: httpx2.AsyncClient, job_
 
 async def test_create_wakes_the_replicas_of_its_queue(server: InProcess, alice: httpx2.AsyncClient) -> None:
     heard: asyncio.Queue[str] = asyncio.Queue()
-    async with server.pool.acquire() as connection:
-        await connection.add_listener("ourvidz_queue", lambda *args: heard.put_nowait(args[3]))
+    connection = await asyncpg.connect(server.settings.postgres())
+    try:
+        await connection.add_listener("ourvidz_queue", lambda *args: heard.put_nowait(str(args[3])))
         await submit(alice)
         assert await asyncio.wait_for(heard.get(), 10) == "sdxl"
-        await connection.reset_listeners() if hasattr(connection, "reset_listeners") else None
-        await connection.execute("UNLISTEN *")
+    finally:
+        await connection.close()
 
 
 # ------------------------------------------------------------------------------------------------ idempotency

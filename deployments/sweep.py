@@ -1,0 +1,78 @@
+"""The sweep: files that nothing speaks of and nothing ever will.
+
+A replica that dies while it stores, or loses its lease, leaves files under its attempt; the API that dies between a
+reference image and its job's row leaves the image. Each is found by its key, and deleted once it is older than the
+grace time. A file whose key is of no form that we make is left alone and counted.
+"""
+
+from collections.abc import AsyncIterator, Iterable
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+import structlog
+
+from db.blobs import BlobInfo, BlobStore
+from db.queue import Queue
+from deployments.storing import BUCKET, REFERENCE_BUCKET
+
+log = structlog.get_logger()
+
+PAGE = 500
+
+
+class Sweep:
+    """Looks through the buckets that jobs write to."""
+
+    def __init__(self, blobs: BlobStore, queue: Queue, grace_seconds: float) -> None:
+        self._blobs, self._queue, self._grace = blobs, queue, timedelta(seconds=grace_seconds)
+
+    async def once(self) -> int:
+        """Go through everything once; returns how many files were deleted. Raises `StorageUnavailable`."""
+        deleted = 0
+        async for page in self._pages(BUCKET):
+            attempts = {info.key: _attempt_of(info.key) for info in page}
+            live = await self._queue.live_attempts({attempt for attempt in attempts.values() if attempt})
+            deleted += await self._delete(BUCKET, (k for k, a in attempts.items() if a is not None and a not in live))
+        async for page in self._pages(REFERENCE_BUCKET):
+            jobs = {info.key: _job_of_reference(info.key) for info in page}
+            known = await self._queue.known_jobs({job for job in jobs.values() if job})
+            deleted += await self._delete(REFERENCE_BUCKET, (k for k, j in jobs.items() if j and j not in known))
+        return deleted
+
+    async def _pages(self, bucket: str) -> AsyncIterator[list[BlobInfo]]:
+        newest = datetime.now(UTC) - self._grace
+        page: list[BlobInfo] = []
+        async for info in self._blobs.list(bucket):
+            if info.modified_at > newest:
+                continue
+            page.append(info)
+            if len(page) == PAGE:
+                yield page
+                page = []
+        if page:
+            yield page
+
+    async def _delete(self, bucket: str, keys: Iterable[str]) -> int:
+        orphans = list(keys)
+        await self._blobs.delete(bucket, orphans)
+        if orphans:
+            log.warning("orphans_deleted", bucket=bucket, files=len(orphans))
+        return len(orphans)
+
+
+def _attempt_of(key: str) -> tuple[UUID, int] | None:
+    """The job and attempt of a key `<user>/<job>/<attempt>/<file>`; None for any other key."""
+    parts = key.split("/")
+    try:
+        return (UUID(parts[1]), int(parts[2])) if len(parts) == 4 else None
+    except ValueError:
+        return None
+
+
+def _job_of_reference(key: str) -> UUID | None:
+    """The job of a key `<user>/<job>.<ending>`; None for any other key, such as an upload's."""
+    parts = key.split("/")
+    try:
+        return UUID(parts[1].partition(".")[0]) if len(parts) == 2 else None
+    except ValueError:
+        return None
