@@ -161,6 +161,16 @@ class JobEvent:
         return cls(**dict(row))
 
 
+@dataclass(frozen=True)
+class Erased:
+    """A job that is gone from the database, and the keys of the files that are still to be deleted."""
+
+    job_id: UUID
+    user_id: UUID
+    keys: Sequence[str]
+    reference_key: str | None
+
+
 class Jobs:
     """Accepting and reading jobs. `accept` and `retry` need a pool that acts as the owner; reading takes any
     connection, and what it sees is what row-level security lets it see."""
@@ -269,6 +279,15 @@ class Jobs:
     async def retry(self, job_id: UUID, *, queue: str, cost: float) -> bool:
         """Queue a failed or cancelled job again with a new budget. False when it is in no such state."""
         return await self._sql.retry(self._pool, job_id=job_id, queue=queue, cost=cost) is not None
+
+    async def erase(self, job_id: UUID, actor: UUID) -> Erased | None:
+        """Delete an ended job and all its rows, callbacks that wait included, leaving one audit row of `actor`.
+
+        None when it is open. The rows go first: a file without a row is an orphan that the sweep deletes, a row without
+        a file would be a lie.
+        """
+        row = await self._sql.erase(self._pool, job_id=job_id, actor=actor)
+        return None if row is None else Erased(row["id"], row["user_id"], row["keys"], row["reference_key"])
 
 
 def canonical_body(value: object) -> bytes:

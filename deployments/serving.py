@@ -132,7 +132,13 @@ class UpkeepDuty(_Duty):
     async def __init__(self, shared: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         await self._open(shared, "ourvidz upkeep")
         self._notifier = Notifier(self.pool)
-        upkeep = Upkeep(Queue(self.pool), self._notifier, self.settings.event_retention_days)
+        settings = self.settings
+
+        async def revive() -> None:
+            await asyncio.to_thread(settings.postgres)
+
+        own = revive if settings.embedded_postgres is not None else None
+        upkeep = Upkeep(Queue(self.pool), self._notifier, settings.event_retention_days, own)
         self.task = asyncio.create_task(upkeep.run(self.settings.upkeep_seconds, self.stopping))
         sweep = Sweep(BlobStore.from_url(self.settings.blobs()), Queue(self.pool), self.settings.orphan_grace_seconds)
         self._sweeping = asyncio.create_task(self._sweep(sweep))

@@ -4,6 +4,7 @@ Any number of these may run: every duty is guarded in its statement, so a double
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import structlog
@@ -19,8 +20,16 @@ log = structlog.get_logger()
 class Upkeep:
     """The duties, each one a method that may be called at any time."""
 
-    def __init__(self, queue: Queue, notifier: Notifier, retention_days: int) -> None:
+    def __init__(
+        self,
+        queue: Queue,
+        notifier: Notifier,
+        retention_days: int,
+        revive: Callable[[], Awaitable[object]] | None = None,
+    ) -> None:
+        """`revive` is called when the database is away: it may start the embedded one, which nobody else watches."""
         self._queue, self._notifier, self._retention_days = queue, notifier, retention_days
+        self._revive = revive
 
     async def run(self, every_seconds: float, stop: asyncio.Event) -> None:
         """Do everything, over and over, until `stop`. A database that is away is waited for."""
@@ -33,11 +42,20 @@ class Upkeep:
                 rounds += 1
             except DATABASE_FAULTS as error:
                 log.warning("upkeep_failed", error=type(error).__name__)
+                await self._try_to_revive()
             try:
                 async with asyncio.timeout(every_seconds):
                     await stop.wait()
             except TimeoutError:
                 pass
+
+    async def _try_to_revive(self) -> None:
+        if self._revive is None:
+            return
+        try:
+            await self._revive()
+        except Exception as error:  # whatever it is, the next round tries again
+            log.error("revive_failed", error=type(error).__name__)
 
     async def once(self) -> None:
         """One round of the duties that jobs wait for."""

@@ -84,3 +84,17 @@ CREATE TABLE api_keys (
   revoked_at timestamptz
 );
 CREATE INDEX api_keys_user ON api_keys (user_id);
+
+-- Who did what that others must be able to look up later. Never a prompt, a key or a URL.
+CREATE TABLE user_activity_log (
+  id uuid PRIMARY KEY DEFAULT gen_random_uuid(),
+  user_id uuid REFERENCES profiles ON DELETE SET NULL,
+  action text NOT NULL CHECK (action <> ''),
+  resource_type text,
+  resource_id text,
+  metadata jsonb NOT NULL DEFAULT '{}',
+  ip_address inet,
+  user_agent text,
+  created_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE INDEX user_activity_log_at ON user_activity_log (created_at);

@@ -32,6 +32,9 @@ CREATE POLICY own_or_staff ON job_events FOR SELECT TO authenticated USING (user
 CREATE POLICY own_or_staff ON workspace_assets FOR SELECT TO authenticated USING (user_id = (SELECT ourvidz.uid()) OR (SELECT ourvidz.reads_all()));
 CREATE POLICY own_or_staff ON user_library FOR SELECT TO authenticated USING (user_id = (SELECT ourvidz.uid()) OR (SELECT ourvidz.reads_all()));
 CREATE POLICY own_or_staff ON usage_logs FOR SELECT TO authenticated USING (user_id = (SELECT ourvidz.uid()) OR (SELECT ourvidz.reads_all()));
+GRANT SELECT ON user_activity_log TO authenticated;
+CREATE POLICY own_or_admin ON user_activity_log FOR SELECT TO authenticated
+  USING (user_id = (SELECT ourvidz.uid()) OR (SELECT has_role(ourvidz.uid(), 'admin')));
 CREATE POLICY own_or_admin ON api_keys FOR SELECT TO authenticated
   USING (user_id = (SELECT ourvidz.uid()) OR (SELECT has_role(ourvidz.uid(), 'admin')));
 CREATE POLICY own_or_staff ON callback_outbox FOR SELECT TO authenticated USING (user_id = (SELECT ourvidz.uid()) OR (SELECT ourvidz.reads_all()));

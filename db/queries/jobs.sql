@@ -116,3 +116,23 @@ SELECT status, attempts, worker, stage FROM jobs WHERE id = :job_id;
 -- name: provider(job_id)$
 -- Who runs a job: `local`, or an outside provider.
 SELECT provider FROM jobs WHERE id = :job_id;
+
+-- name: erase(job_id, actor)^
+-- Delete an ended job with all that hangs on it (assets, events, callbacks, keys), leaving one audit row. The keys of
+-- its files come back, for the caller to delete.
+WITH doomed AS MATERIALIZED (
+  SELECT j.id, j.user_id, j.job_type, j.params -> 'reference' ->> 'key' AS reference_key FROM jobs j
+  WHERE j.id = :job_id AND j.status IN ('completed', 'failed', 'cancelled')
+    AND NOT EXISTS (SELECT FROM job_queue q WHERE q.job_id = j.id)
+  FOR UPDATE
+), files AS MATERIALIZED (
+  SELECT coalesce(array_agg(f.key) FILTER (WHERE f.key IS NOT NULL), '{}') AS keys
+  FROM workspace_assets a CROSS JOIN LATERAL unnest(ARRAY[a.temp_storage_path, a.thumbnail_path]) AS f(key)
+  WHERE a.job_id IN (SELECT id FROM doomed)
+), gone AS (
+  DELETE FROM jobs USING doomed WHERE jobs.id = doomed.id RETURNING jobs.id
+), audited AS (
+  INSERT INTO user_activity_log (user_id, action, resource_type, resource_id, metadata)
+  SELECT :actor, 'job.erased', 'job', d.id::text, jsonb_build_object('owner', d.user_id, 'job_type', d.job_type) FROM doomed d
+)
+SELECT d.id, d.user_id, files.keys, d.reference_key FROM doomed d, files WHERE EXISTS (SELECT FROM gone);

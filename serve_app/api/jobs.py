@@ -10,6 +10,7 @@ from fastapi.responses import RedirectResponse
 from db.access import Principal
 from db.jobs import JobRecord, Stage, Status, canonical_body
 from db.pool import as_user
+from deployments.storing import BUCKET, REFERENCE_BUCKET
 from models.catalog import Family, resolve
 from models.params import GivenParams
 from serve_app.api.auth import EdgeDep, User
@@ -102,6 +103,19 @@ async def list_jobs(
 async def get_job(job_id: UUID, edge: EdgeDep, user: User) -> Job:
     """One of your jobs."""
     return await read_job(edge, user, job_id)
+
+
+@router.delete("/{job_id}", status_code=204, operation_id="eraseJob")
+async def erase_job(job_id: UUID, edge: EdgeDep, user: User) -> Response:
+    """Erase an ended job: its row, files, history and undelivered callbacks. 409 while it is open: cancel it first."""
+    record = await owned(edge, user, job_id)
+    erased = await edge.jobs.erase(job_id, user.user_id)
+    if erased is None:
+        raise Problem(409, "job_open", f"a job that is {record.status} can't be erased; cancel it first")
+    await edge.blobs.delete(BUCKET, list(erased.keys))
+    if erased.reference_key is not None:
+        await edge.blobs.delete(REFERENCE_BUCKET, [erased.reference_key])
+    return Response(status_code=204)
 
 
 @router.post("/{job_id}/cancel", operation_id="cancelJob")
