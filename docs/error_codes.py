@@ -49,23 +49,21 @@ FIELD_CODES = {
     "unsupported": "This job type can't honour it.",
     "conflict": "It has no effect, or contradicts another field.",
 }
-RAISED = {
+# better words than the messages have
+MEANINGS = {
     "missing_key": "There is no `Authorization: Bearer ovz_…`.",
     "invalid_key": "The API key is unknown, revoked or expired.",
     "admin_only": "Only an admin may do this.",
+    "job_open": "The job has not ended. Cancel it first.",
     "nsfw_not_allowed": "The profile, or the user's age verification, does not allow nsfw.",
     "age_not_verified": "nsfw needs an age-verified user.",
     "reference_not_allowed": "In nsfw mode a reference must be an image that this system made.",
     "invalid_signature": "403: the signature of a file's URL. 401: the signature or the time of a provider's report.",
     "job_not_found": "There is no such job, or it is somebody else's.",
     "key_not_found": "There is no such API key, or it is somebody else's.",
-    "not_found": "There is no such file.",
     "not_retryable": "The job is not failed or cancelled.",
     "url_expired": "The signed URL has expired. Read the job again for a new one.",
     "body_too_large": "The body is larger than `OURVIDZ_MAX_BODY_BYTES`.",
-    "unsupported_media_type": "Send application/json.",
-    "range_not_satisfiable": "The file has no such bytes.",
-    "invalid_json": "The body is not JSON.",
     "invalid_request": "The shape of the request is wrong; `errors` names the fields, with pydantic's codes.",
     "not_implemented": "A scene for enhance-prompt, or an outside provider without an adapter.",
     "model_not_installed": "The profile has no model for this job type.",
@@ -108,20 +106,31 @@ def collect() -> Codes:
 
 
 def http() -> Table:
-    """Status and code of every problem that the API answers."""
+    """Status and code of every problem that the API answers. Without a meaning in `MEANINGS`, the message stands."""
     statuses: dict[str, set[int]] = {NoTemplate.code: {503}}
+    meanings = {}
     for _, tree in modules("serve_app"):
         for call in calls(tree, "Problem"):
-            status, code = (call.args[0], call.args[1]) if len(call.args) > 1 else (None, None)
+            status, code, message = (*call.args, None, None, None)[:3]
             if isinstance(status, ast.Constant) and isinstance(code, ast.Constant) and code.value not in FIELD_CODES:
                 statuses.setdefault(str(code.value), set()).add(int(str(status.value)))
-    answered = {problem_of(error).code: (problem_of(error).status, meaning) for error, meaning in ANSWERS}
-    agree("codes of the API", set(statuses) - set(answered), set(RAISED))
-    meanings = RAISED | {code: meaning for code, (_, meaning) in answered.items()}
-    for code, (status, _) in answered.items():
-        statuses.setdefault(code, set()).add(status)
-    rows = [(f"`{code}`", ", ".join(map(str, sorted(statuses[code]))), meaning) for code, meaning in meanings.items()]
+                meanings[str(code.value)] = said(message)
+    for error, meaning in ANSWERS:
+        problem = problem_of(error)
+        statuses.setdefault(problem.code, set()).add(problem.status)
+        meanings[problem.code] = meaning
+    agree("codes of the API with a meaning", set(MEANINGS) & set(statuses), set(MEANINGS))
+    meanings |= MEANINGS
+    agree("codes of the API", set(statuses), {code for code, meaning in meanings.items() if meaning})
+    rows = [(f"`{code}`", ", ".join(map(str, sorted(found))), meanings[code]) for code, found in statuses.items()]
     return ("Code", "Status", "Meaning"), sorted(rows, key=lambda row: (row[1], row[0]))
+
+
+def said(message: ast.expr | None) -> str:
+    """A message as far as it stands in the call; what is put in is shown as an ellipsis."""
+    parts = message.values if isinstance(message, ast.JoinedStr) else [message]
+    text = "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
+    return "" if text == "…" else text[:1].upper() + text[1:] + "."
 
 
 def field_codes() -> Table:

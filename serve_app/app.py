@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from ray import serve
 
@@ -25,6 +25,7 @@ from models.catalog import Family
 from serve_app import events
 from serve_app.api import enhancement, files, functions, health, jobs, keys, operations, problems, providers
 from serve_app.api.limits import BodyLimit
+from serve_app.api.wire import CallbackBody
 from serve_app.bootstrap import prepare
 from serve_app.edge import open_edge
 from serve_app.version import VERSION
@@ -33,6 +34,14 @@ DESCRIPTION = """Images and video from durable, called-back jobs on your own GPU
 
 Authenticate with an API key: `Authorization: Bearer ovz_…`. Errors are problem documents (RFC 9457) with a stable
 `code`. Callbacks are signed after Standard Webhooks."""
+
+
+callbacks = APIRouter(tags=["callbacks"])
+
+
+@callbacks.post("job", operation_id="onJob")
+def on_job(body: CallbackBody) -> None:
+    """A job of yours has started or ended. Verify the signature, answer 2xx; anything else is tried again for days."""
 
 
 def api(settings: Settings, enhancer: Any = None) -> FastAPI:
@@ -55,6 +64,7 @@ def api(settings: Settings, enhancer: Any = None) -> FastAPI:
     problems.install(app)
     for module in (jobs, keys, files, operations, functions, enhancement, providers, health):
         app.include_router(module.router)
+    app.webhooks.include_router(callbacks)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(
         CORSMiddleware,

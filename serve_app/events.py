@@ -80,7 +80,7 @@ async def stream_job(
     edge: EdgeDep,
     user: User,
     bell: Annotated[Bell, Depends(bell_of)],
-    last_event_id: Annotated[int, Header(ge=0, description="Replay the history after this event.")] = 0,
+    last_event_id: Annotated[int, Header(ge=0, lt=2**63, description="Replay the history after this event.")] = 0,
 ) -> AsyncIterator[ServerSentEvent]:
     """A job as it changes: `job` carries the whole job, `event` one line of its history. Ends with the job."""
     seen, shown = last_event_id, None

@@ -3,6 +3,7 @@ of the code; nothing is stored before all of them have passed, but for the refer
 """
 
 import contextlib
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,10 +14,10 @@ from uuid6 import uuid7
 
 from db.access import Principal
 from db.blobs import StorageUnavailable
-from db.jobs import Accepted, NewJob, Stage
+from db.jobs import Accepted, NewJob, Stage, canonical_body
 from deployments.destinations import EgressError
 from deployments.storing import REFERENCE_BUCKET
-from models.catalog import Family, JobType, resolve
+from models.catalog import Family, FamilyDefaults, JobType, resolve
 from models.media import open_reference
 from models.params import FieldError, GenerationParams, GivenParams, InvalidParams, Reference, resolve_params
 from models.policy import check_prompt
@@ -28,6 +29,7 @@ REFERENCE_SECONDS = 20.0
 REFERENCE_TYPES = ("image/png", "image/jpeg", "image/webp")
 ENHANCE_SECONDS = 3.0  # of predicted work, until runs have been measured
 MAX_METADATA_BYTES = 16_384
+MAX_METADATA_DEPTH = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,18 +67,22 @@ async def submit(
     given = _given(asked)
     _check_content_mode(edge, user, given, asked)
     assert spec.defaults is not None  # every media family has them
-    resolved = resolve_params(job_type, given, spec.defaults)
+    try:
+        resolved = resolve_params(job_type, given, spec.defaults)
+    except InvalidParams as error:
+        raise _as_given(error) from None
     params = resolved.params
     check_prompt(params.prompt, params.content_mode)
-    if asked.enhanced_prompt:
-        check_prompt(asked.enhanced_prompt, params.content_mode)
+    enhanced = _enhanced_prompt(job_type, asked, spec.defaults)
+    if enhanced:
+        check_prompt(enhanced, params.content_mode)
+    enhances = _enhances(job_type, asked, params)
     await _check_callback(edge, asked)
     if params.seed is None:
         params = params.model_copy(update={"seed": secrets.randbelow(2**32)})
 
     job_id = UUID(int=uuid7().int)
     params, stored = await _keep_reference(edge, user, job_id, asked, params)
-    enhances = (job_type.enhanced or bool(asked.enhance)) and not asked.enhanced_prompt and bool(params.prompt)
     stage = Stage.ENHANCE if enhances else Stage.GENERATE
     job = NewJob(
         id=job_id,
@@ -90,7 +96,7 @@ async def submit(
         cost=ENHANCE_SECONDS if enhances else await predicted_seconds(edge, job_type),
         credits=job_type.credits,
         original_prompt=params.prompt,
-        enhanced_prompt=asked.enhanced_prompt,
+        enhanced_prompt=enhanced,
         params=params.model_dump(mode="json"),
         content_mode=params.content_mode,
         metadata=asked.metadata,
@@ -154,12 +160,60 @@ def _given(asked: Submission) -> GivenParams:
     try:
         return GivenParams(**values)
     except InvalidParams as error:
-        renamed = [FieldError(_wire_name(e.field), e.message, e.code) for e in error.errors]
-        raise InvalidParams(renamed) from None
+        raise _as_given(error) from None
 
 
-def _wire_name(field: str) -> str:
-    return {"reference.strength": "reference_strength", "reference.kind": "reference_type"}.get(field, field)
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raise `Problem` for metadata that is too large, or that could not be kept and given back as it is."""
+    fault = _unkept(metadata)
+    if fault is None and len(canonical_body(metadata)) > MAX_METADATA_BYTES:
+        fault = f"may have at most {MAX_METADATA_BYTES} bytes of JSON"
+    if fault is not None:
+        raise Problem(422, "metadata", fault, field="metadata")
+
+
+def _unkept(value: Any, depth: int = 0) -> str | None:
+    if isinstance(value, str):
+        bad = any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value)
+        return "holds a character that can't be stored" if bad else None
+    if isinstance(value, float) and not math.isfinite(value):
+        return "holds a number that JSON does not have"
+    if not isinstance(value, Mapping | list):
+        return None
+    if depth == MAX_METADATA_DEPTH:
+        return f"may be nested at most {MAX_METADATA_DEPTH} deep"
+    inner = [*value, *value.values()] if isinstance(value, Mapping) else value
+    return next((fault for item in inner if (fault := _unkept(item, depth + 1)) is not None), None)
+
+
+def _enhanced_prompt(job_type: JobType, asked: Submission, defaults: FamilyDefaults) -> str | None:
+    """The caller's own enhancement, under the rules that hold for every prompt."""
+    if not asked.enhanced_prompt:
+        return None
+    try:
+        return resolve_params(job_type, GivenParams(prompt=asked.enhanced_prompt), defaults).params.prompt
+    except InvalidParams as error:
+        raise InvalidParams([FieldError("enhanced_prompt", e.message, e.code) for e in error.errors]) from None
+
+
+def _enhances(job_type: JobType, asked: Submission, params: GenerationParams) -> bool:
+    if job_type.enhanced and asked.enhance is False:
+        raise InvalidParams([FieldError("enhance", f"{job_type.name} always enhances", "conflict")])
+    if asked.enhance and not params.prompt:
+        raise InvalidParams([FieldError("enhance", "needs a prompt", "conflict")])
+    return (job_type.enhanced or bool(asked.enhance)) and not asked.enhanced_prompt
+
+
+_WIRE_NAMES = {
+    "reference": "reference_image_url",
+    "reference.strength": "reference_strength",
+    "reference.kind": "reference_type",
+}
+
+
+def _as_given(error: InvalidParams) -> InvalidParams:
+    """The same errors, with the names that the caller knows the fields by."""
+    return InvalidParams([FieldError(_WIRE_NAMES.get(e.field, e.field), e.message, e.code) for e in error.errors])
 
 
 def _check_content_mode(edge: Edge, user: Principal, given: GivenParams, asked: Submission) -> None:

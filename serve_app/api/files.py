@@ -1,5 +1,6 @@
 """Files by signed URL, and the secret that callbacks are signed with."""
 
+import re
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -10,6 +11,8 @@ from serve_app.api.auth import EdgeDep
 from serve_app.api.problems import Problem
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
+
+_BYTES = re.compile(r"bytes=\s*([0-9]{0,18})-([0-9]{0,18})\s*")
 
 
 @router.get("/{bucket}/{key:path}", operation_id="getFile", response_class=StreamingResponse)
@@ -54,13 +57,14 @@ async def get_file(
 
 def _range(header: str | None, size: int) -> tuple[int, int] | None:
     """One byte range as (start, end), end exclusive; None for none, or one of a form that may be ignored (RFC 9110)."""
-    if header is None or not header.startswith("bytes=") or "," in header:
+    match = _BYTES.fullmatch(header or "")
+    if match is None or not any(match.groups()):
         return None
-    first, dash, last = header[6:].strip().partition("-")
-    if not dash or not (first.isdigit() or (not first and last.isdigit())) or (last and not last.isdigit()):
-        return None
+    first, last = match.groups()
     if not first:
         start, end = max(size - int(last), 0), size
+    elif last and int(last) < int(first):
+        return None
     else:
         start, end = int(first), min(int(last) + 1, size) if last else size
     if start >= end:

@@ -21,7 +21,7 @@ from serve_app.api.bodies import json_object
 from serve_app.api.jobs import IdempotencyKey, owned
 from serve_app.api.problems import Problem
 from serve_app.edge import Edge
-from serve_app.submission import MAX_METADATA_BYTES, Submission, submit
+from serve_app.submission import Submission, check_metadata, submit
 
 router = APIRouter(prefix="/functions/v1", tags=["functions"])
 
@@ -63,8 +63,7 @@ async def queue_job(
     metadata = body.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise Problem(400, "type", "must be an object", field="metadata")
-    if len(canonical_body(metadata)) > MAX_METADATA_BYTES:
-        raise Problem(400, "length", f"may have at most {MAX_METADATA_BYTES} bytes", field="metadata")
+    check_metadata(metadata)
     name = body.get("jobType") if legacy else body.get("job_type")
     if not isinstance(name, str) or not name:
         raise Problem(400, "missing", "is required", field="jobType" if legacy else "job_type")
@@ -85,7 +84,7 @@ async def _submission(
                     return place[name]
         return None
 
-    reference = metadata.get("reference_image_url") or body.get("reference_image_url")
+    reference = _text("reference_image_url", metadata.get("reference_image_url") or body.get("reference_image_url"))
     for name in ("start_reference_url", "end_reference_url"):
         if metadata.get(name):
             message = "this profile's video model takes no reference frames"
@@ -118,21 +117,31 @@ async def _submission(
         else:
             given["guidance_scale"] = presets[1] if given["guidance_scale"] is None else given["guidance_scale"]
         given["steps"] = presets[2] if given["steps"] is None else given["steps"]
-    given |= _size(edge, job_type, either("aspect_ratio"))
-    given["negative_prompt"] = await _negative(edge, job_type, given, either("negative_prompt"), bool(reference))
-    enhanced = body.get("enhanced_prompt") or body.get("enhancedPrompt")
+    given |= _size(edge, job_type, _text("aspect_ratio", either("aspect_ratio")))
+    given["negative_prompt"] = await _negative(
+        edge, job_type, given, _text("negative_prompt", either("negative_prompt")), bool(reference)
+    )
+    enhanced = _text("enhanced_prompt", body.get("enhanced_prompt") or body.get("enhancedPrompt"))
     skip = bool(metadata.get("skip_enhancement")) or metadata.get("enhancement_model") == "none"
+    wanted = bool(metadata.get("user_requested_enhancement")) and bool(prompt)  # an exact copy has none to enhance
     return Submission(
         job_type=job_type.name,
         given=given,
-        enhance=bool(metadata.get("user_requested_enhancement")) and not skip,
-        enhanced_prompt=enhanced if isinstance(enhanced, str) and enhanced != prompt else None,
-        reference_url=reference if isinstance(reference, str) else None,
+        # nothing is said of it where nothing was: the enhanced types enhance then
+        enhance=False if skip else True if wanted else None,
+        enhanced_prompt=enhanced if enhanced != prompt else None,
+        reference_url=reference or None,
         reference_strength=strength,
-        callback_url=either("callback_url"),
+        callback_url=_text("callback_url", either("callback_url")),
         destination="library" if metadata.get("destination") == "library" else "workspace",
         metadata={name: value for name, value in body.items() if name not in READ} | dict(metadata),
     )
+
+
+def _text(name: str, value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise Problem(400, "type", "must be a string", field=name)
 
 
 def _content_mode(value: Any) -> str | None:
@@ -167,20 +176,18 @@ def _size(edge: Edge, job_type: JobType, ratio: Any) -> dict[str, int]:
 
 
 async def _negative(
-    edge: Edge, job_type: JobType, given: Mapping[str, Any], own: Any, from_reference: bool
+    edge: Edge, job_type: JobType, given: Mapping[str, Any], own: str | None, from_reference: bool
 ) -> str | None:
     """The operator's presets and the caller's own words, for SDXL; other families get the caller's own only."""
     guidance = given["guidance_scale"]
     if isinstance(guidance, int | float) and guidance <= 1:
         return None  # nothing would come of it, and the caller did not choose the presets
     if job_type.family is not Family.SDXL or not isinstance(given["prompt"], str):
-        return own if own is None or isinstance(own, str) else str(own)
+        return own
     presets = negatives_of(await edge.prompts.negatives())
     mode: ContentMode = "nsfw" if given["content_mode"] == "nsfw" else "sfw"
-    text = str(own) if own else ""
-    return negative_prompt(
-        job_type.family, given["prompt"], text, mode, "i2i" if from_reference else "txt2img", presets
-    )
+    kind: GenerationMode = "i2i" if from_reference else "txt2img"
+    return negative_prompt(job_type.family, given["prompt"], own or "", mode, kind, presets)
 
 
 async def _answer(edge: Edge, user: Principal, job_type: JobType, job_id: Any) -> dict[str, Any]:

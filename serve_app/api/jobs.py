@@ -18,7 +18,7 @@ from serve_app.api.problems import Problem
 from serve_app.api.views import job_view
 from serve_app.api.wire import Job, JobPage, JobRequest
 from serve_app.edge import Edge
-from serve_app.submission import ENHANCE_SECONDS, MAX_METADATA_BYTES, Submission, predicted_seconds, submit
+from serve_app.submission import ENHANCE_SECONDS, Submission, check_metadata, predicted_seconds, submit
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -38,8 +38,7 @@ async def create_job(
     idempotency_key: IdempotencyKey = None,
 ) -> Job:
     """Accept a job. It is durable when this answers; follow it at `urls.self` or `urls.events`."""
-    if len(canonical_body(body.metadata)) > MAX_METADATA_BYTES:
-        raise Problem(422, "length", f"may have at most {MAX_METADATA_BYTES} bytes of JSON", field="metadata")
+    check_metadata(body.metadata)
     asked = Submission(
         job_type=body.job_type,
         given={name: getattr(body, name) for name in PARAMETERS},
@@ -80,6 +79,8 @@ async def list_jobs(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> JobPage:
     """Your jobs, newest first. Staff see everybody's in the portal, not here."""
+    if job_type is not None:
+        resolve(job_type)
     async with as_user(edge.pool, user.user_id) as connection:
         records = await edge.jobs.list_page(
             connection,

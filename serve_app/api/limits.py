@@ -18,7 +18,7 @@ class BodyLimit:
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         problem = self._refusal(headers)
-        body = b""
+        body = bytearray()
         if problem is None:
             while True:
                 message = await receive()
@@ -35,11 +35,12 @@ class BodyLimit:
         if problem is not None:
             await respond(problem, scope["path"])(scope, receive, send)
             return
-        await self._app(scope, _replay(body, receive), send)
+        await self._app(scope, _replay(bytes(body), receive), send)
 
     def _refusal(self, headers: dict[str, str]) -> Problem | None:
         length = headers.get("content-length", "")
-        if length.isdigit() and int(length) > self._max:
+        # so many digits are no length at all, and more than int() takes
+        if length.isdecimal() and (len(length) > 18 or int(length) > self._max):
             return self._too_large()
         return None
 

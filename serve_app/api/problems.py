@@ -102,11 +102,15 @@ def problem_of(error: Exception) -> Problem:
             return Problem(503, "database_unavailable", "the database is not available", headers=UNAVAILABLE)
         case RequestValidationError():
             return _validation(error)
+        case HTTPException(status_code=400):
+            # of FastAPI's own, for a body that it can't parse
+            return Problem(400, "invalid_json", "the body is not JSON", field="body")
         case HTTPException():
             return Problem(
                 error.status_code, f"http_{error.status_code}", str(error.detail), headers=dict(error.headers or {})
             )
-        case _ if isinstance(error, CONNECTION_FAULTS):
+        # asyncpg calls a value that does not fit its column an interface error as well; that is no lost connection
+        case _ if isinstance(error, CONNECTION_FAULTS) and not isinstance(error, ValueError):
             return Problem(503, "database_unavailable", "the database is not available", headers=UNAVAILABLE)
         case _:
             return Problem(500, "internal", "something went wrong here; nothing was accepted")

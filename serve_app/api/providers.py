@@ -6,6 +6,7 @@ holds; about jobs of our own replicas, and about jobs that have ended, it answer
 
 import hashlib
 import hmac
+import re
 import time
 from typing import Any
 from uuid import UUID
@@ -37,7 +38,8 @@ async def job_callback(request: Request, edge: EdgeDep) -> dict[str, Any]:
     job_id, status = _job_id(body), body.get("status")
     if status not in STATUSES:
         raise Problem(400, "choice", f"must be one of {', '.join(STATUSES)}", field="status")
-    assets = body.get("assets") or (body.get("results") or {}).get("assets") or []
+    results = body.get("results")
+    assets = body.get("assets") or (results.get("assets") if isinstance(results, dict) else results) or []
     if not isinstance(assets, list) or not all(isinstance(asset, str | dict) for asset in assets):
         raise Problem(400, "type", "must be a list of paths or objects", field="assets")
     provider = await edge.jobs.provider(job_id)
@@ -50,7 +52,7 @@ async def job_callback(request: Request, edge: EdgeDep) -> dict[str, Any]:
 def _check_signature(edge: Edge, request: Request, raw: bytes) -> None:
     stamp = request.headers.get("x-callback-timestamp", "")
     given = request.headers.get("x-callback-signature", "").removeprefix("sha256=")
-    fresh = stamp.isdigit() and abs(time.time() - int(stamp)) <= TOLERANCE_SECONDS
+    fresh = re.fullmatch(r"[0-9]{1,12}", stamp) is not None and abs(time.time() - int(stamp)) <= TOLERANCE_SECONDS
     secret = edge.settings.secret("job_callback_secret")
     expected = hmac.new(secret, stamp.encode() + b"." + raw, hashlib.sha256).hexdigest()
     if not hmac.compare_digest(expected.encode(), given.encode("utf-8", "surrogatepass")) or not fresh:

@@ -6,6 +6,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field
 
+PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 CallbackEvent = Literal["processing", "completed", "failed", "cancelled"]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86400, allow_inf_nan=False)]
 
@@ -210,8 +211,8 @@ class CreateKey(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    username: str = Field(min_length=1, max_length=100)
-    name: str = Field("default", min_length=1, max_length=100)
+    username: str = Field(min_length=1, max_length=100, pattern=PRINTABLE)
+    name: str = Field("default", min_length=1, max_length=100, pattern=PRINTABLE)
     role: Literal["admin", "moderator", "premium_user", "basic_user", "guest"] = "basic_user"
     expires_in_days: int | None = Field(None, ge=1, le=3650)
 
@@ -289,3 +290,19 @@ class CallbackList(BaseModel):
     """The callbacks of a job, in their order."""
 
     data: list[CallbackLog]
+
+
+class CallbackBody(BaseModel):
+    """What your callback URL receives, signed after Standard Webhooks. Media never comes along, only references."""
+
+    id: str = Field(description="The same as the header `webhook-id`, in every attempt.")
+    type: Literal["job.processing", "job.completed", "job.failed", "job.cancelled"]
+    timestamp: datetime
+    job_id: UUID
+    status: Literal["processing", "completed", "failed", "cancelled"]
+    assets: list[dict[str, Any]] = Field(description="`bucket`, `key`, a signed `url`, and decoded facts of each file.")
+    error_message: str | None
+    error_code: str | None
+    metadata: dict[str, Any] = Field(
+        description="`seed`, `generation_time` in seconds, `num_images`, `job_type`, `attempt`, and yours as `client`."
+    )
