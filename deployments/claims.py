@@ -11,13 +11,15 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 from uuid import UUID
 
 import asyncpg
 import structlog
 
+from db.jobs import Status
 from db.pool import CONNECTION_FAULTS
-from db.queue import Claim, Queue, Renewal, Requeue
+from db.queue import Claim, Queue, Renewal, Requeue, Settlement
 
 log = structlog.get_logger()
 
@@ -196,18 +198,21 @@ class ClaimLoop:
             # the work ends its jobs itself; whatever escapes it is our fault, and the job must not wait for its lease
             log.exception("job_escaped", job_id=str(held.claim.job_id), attempt=held.claim.attempt)
             message = f"{type(error).__name__} in the replica"
-            back = Requeue(
-                job_id=held.claim.job_id,
-                attempt=held.claim.attempt,
-                counts=True,
-                delay_seconds=backoff(held.claim.failures),
-                error_code="internal",
-                error_message=message,
-            )
             try:
-                await self._queue.requeue([back])
+                await self._put_back(held.claim, message)
             except DATABASE_FAULTS:
                 log.warning("requeue_failed", job_id=str(held.claim.job_id))  # the lease will run out
+
+    async def _put_back(self, claim: Claim, message: str) -> None:
+        told: dict[str, Any] = {"error_code": "internal", "error_message": message, "counts": True}
+        if claim.failures + 1 < claim.max_attempts:
+            delay = backoff(claim.failures)
+            await self._queue.requeue(
+                [Requeue(job_id=claim.job_id, attempt=claim.attempt, delay_seconds=delay, **told)]
+            )
+        else:
+            end = Settlement(job_id=claim.job_id, attempt=claim.attempt, status=Status.FAILED, retryable=True, **told)
+            await self._queue.settle([end])
 
     async def _renew_forever(self) -> None:
         renewed = 0.0

@@ -65,6 +65,7 @@ MEANINGS = {
     "url_expired": "The signed URL has expired. Read the job again for a new one.",
     "body_too_large": "The body is larger than `OURVIDZ_MAX_BODY_BYTES`.",
     "invalid_request": "The shape of the request is wrong; `errors` names the fields, with pydantic's codes.",
+    "metadata": "`metadata` is too large, too deep, or holds what can't be given back as it is.",
     "not_implemented": "A scene for enhance-prompt, or an outside provider without an adapter.",
     "model_not_installed": "The profile has no model for this job type.",
     "reference_type_unavailable": "The profile has no model or adapter for this kind of reference.",
@@ -156,11 +157,16 @@ def job_codes() -> Table:
     raised = set()
     for _, module in modules("deployments"):
         for node in ast.walk(module):
+            values: list[ast.expr] = []
             if isinstance(node, ast.keyword) and node.arg == "error_code":
-                raised |= {part.value for part in ast.walk(node.value) if isinstance(part, ast.Constant) and part.value}
-        raised |= {
-            str(call.args[0].value) for call in calls(module, "_failed") if isinstance(call.args[0], ast.Constant)
-        }
+                values = [node.value]
+            elif isinstance(node, ast.Dict):
+                pairs = zip(node.keys, node.values, strict=True)
+                values = [value for key, value in pairs if isinstance(key, ast.Constant) and key.value == "error_code"]
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "_failed":
+                values = node.args[:1]
+            texts = {part.value for value in values for part in ast.walk(value) if isinstance(part, ast.Constant)}
+            raised |= {text for text in texts if isinstance(text, str)}
     sql = (ROOT / "db/queries/queue.sql").read_text(encoding="utf-8")
     raised |= set(re.findall(r"'(\w*deadline_exceeded)'", sql))
     agree("endings of jobs", raised, set(ENDINGS))
@@ -247,7 +253,7 @@ def calls(tree: ast.Module, name: str) -> Iterator[ast.Call]:
 
 
 def agree(what: str, in_code: set[str], here: set[str]) -> None:
-    """Raises `ValueError` when the code and this file name different ones."""
+    """Raises `ValueError` when the code and this file name different ones: give a new one a meaning here."""
     if in_code != here:
         raise ValueError(
             f"{what}: only in the code {sorted(in_code - here)}, only in docs/error_codes.py {sorted(here - in_code)}"

@@ -207,7 +207,7 @@ def error_table(name: str) -> str:
     return table(columns, rows)
 
 
-SCHEMAS = ("JobRequest", "Job", "Asset", "CreateKey", "Key")
+SCHEMAS = ("JobRequest", "Job", "Asset", "CallbackBody", "CreateKey", "Key")
 
 BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "settings.md": {"settings": settings_table},

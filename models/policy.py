@@ -146,9 +146,11 @@ def _digits_as_letters(text: str) -> tuple[str, str]:
 
 
 def _joined(singles: re.Match[str]) -> str:
-    """Single letters as one word, with and without a letter at either end that may be an article."""
+    """Single letters as one word, with and without a letter at either end that may be an article; then the terms that
+    stand in it, since the borders of several words spelled out in a row are gone. A short run is one word ("grapes")."""
     word = singles.group().replace(" ", "")
-    return f"{word} {word[1:]} {word[:-1]} {word[1:-1]}"
+    inside = (match[1] for match in _SPELLED_OUT.finditer(word)) if len(word) >= 8 else ()
+    return " ".join((word, word[1:], word[:-1], word[1:-1], *inside))
 
 
 # --- terms ----------------------------------------------------------------------------------------------
@@ -175,6 +177,14 @@ def _pattern(terms: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join([whole, *sorted(unspaced)]))
 
 
+def _stems(*vocabularies: Iterable[str]) -> re.Pattern[str]:
+    """Where a single word of at least four letters begins; the longest one there."""
+    terms = {_spaced(_fold(term.removesuffix("*"))) for terms in vocabularies for term in terms}
+    stems = sorted((term for term in terms if len(term) >= 4 and " " not in term), key=lambda stem: (-len(stem), stem))
+    return re.compile(f"(?=({'|'.join(map(re.escape, stems))}))")
+
+
+_SPELLED_OUT: Final = _stems(vocabulary.MINOR_STRONG, vocabulary.SEXUAL_STRONG)
 _INHERENT: Final = _pattern(vocabulary.INHERENT)
 _INNOCENT: Final = _pattern(vocabulary.INNOCENT)
 _MINOR_STRONG: Final = _pattern(vocabulary.MINOR_STRONG)

@@ -1,4 +1,4 @@
-"""The documentation against the code: generated parts are fresh, and links, commands, settings and examples are real."""
+"""The documentation against the code: generated parts are fresh; links, commands, settings and examples are real."""
 
 import http.client
 import importlib

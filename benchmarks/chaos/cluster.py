@@ -61,12 +61,16 @@ class Cluster:
                 deployment["num_replicas"] = 2 if deployment["name"] == "sdxl" else 1
         inherited = {n: v for n, v in os.environ.items() if not n.startswith("OURVIDZ_") and n != "DATABASE_URL"}
         own = {f"OURVIDZ_{name}": str(value) for name, value in SETTINGS.items()}
-        self.environment = inherited | own | {
-            "OURVIDZ_STATE_DIR": str(self.state),
-            "OURVIDZ_PUBLIC_URL": self.api,
-            "OURVIDZ_EGRESS_ALLOW": allowed_origin,
-            "PYTHONPATH": str(code),
-        }
+        self.environment = (
+            inherited
+            | own
+            | {
+                "OURVIDZ_STATE_DIR": str(self.state),
+                "OURVIDZ_PUBLIC_URL": self.api,
+                "OURVIDZ_EGRESS_ALLOW": allowed_origin,
+                "PYTHONPATH": str(code),
+            }
+        )
 
     @property
     def api(self) -> str:
@@ -95,7 +99,7 @@ class Cluster:
         while True:
             out, log = self._folder / "announced.json", self._folder / "cluster.log"
             with out.open("wb") as stdout, log.open("ab") as stderr:
-                command = [sys.executable, "-m", "serve_app.cli", "serve", str(path), "--json"]
+                command = [sys.executable, "-c", "from serve_app.cli import main; main()", "serve", str(path), "--json"]
                 self._process = subprocess.Popen(
                     command, cwd=self._code, env=self.environment, stdout=stdout, stderr=stderr, start_new_session=True
                 )

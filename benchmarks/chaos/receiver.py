@@ -105,7 +105,12 @@ class Receiver:
         said: dict[str, Any] = json.loads(body)
         headers = {name.lower(): value for name, value in request.headers.items()}
         receipt = Receipt(
-            time.time(), headers.get("webhook-id", ""), said["job_id"], said["status"], self._holds(body, headers), answer
+            time.time(),
+            headers.get("webhook-id", ""),
+            said["job_id"],
+            said["status"],
+            self._holds(body, headers),
+            answer,
         )
         with self._lock:
             self.receipts.append(receipt)

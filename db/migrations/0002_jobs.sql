@@ -23,6 +23,7 @@ CREATE TABLE jobs (
 
   attempts int NOT NULL DEFAULT 0,            -- claims so far; the last one is the fencing token
   max_attempts int NOT NULL DEFAULT 3 CHECK (max_attempts BETWEEN 1 AND 20),
+  class smallint NOT NULL DEFAULT 1,          -- as in job_queue, for when it comes back there by a retry
   failures int NOT NULL DEFAULT 0,
   error_code text,
   error_message text,
@@ -65,7 +66,8 @@ CREATE TABLE jobs (
 CREATE TRIGGER jobs_touch BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION ourvidz.touch();
 CREATE INDEX jobs_user ON jobs (user_id, id DESC);
 CREATE INDEX jobs_created ON jobs (created_at);
-CREATE INDEX jobs_run_times ON jobs (job_type, completed_at DESC) WHERE status = 'completed';
+-- not `WHERE status = 'completed'`: an index that speaks of the status would forbid heap-only updates at every move
+CREATE INDEX jobs_run_times ON jobs (job_type, completed_at DESC) WHERE generation_time_ms IS NOT NULL;
 
 CREATE TYPE queue_state AS ENUM (
   'ready',      -- may be claimed
@@ -104,6 +106,7 @@ CREATE INDEX job_queue_blocked ON job_queue (queue, user_id, class DESC, tag) WH
 CREATE INDEX job_queue_scheduled ON job_queue (run_at) WHERE state = 'scheduled';
 CREATE INDEX job_queue_start_deadline ON job_queue (start_deadline) WHERE start_deadline IS NOT NULL;
 CREATE INDEX job_queue_deadline ON job_queue (deadline) WHERE deadline IS NOT NULL;
+CREATE INDEX job_queue_cancel ON job_queue (job_id) WHERE cancel IS NOT NULL;
 -- none on lease_until: renewals stay heap-only updates, and the running set is small
 
 CREATE TABLE queues (

@@ -25,11 +25,11 @@ WITH given AS MATERIALIZED (
 ), made AS (
   INSERT INTO jobs (id, user_id, job_type, format, quality, model_type, stage, content_mode, original_prompt,
                     enhanced_prompt, params, metadata, adjustments, max_attempts, callback_url, callback_events,
-                    destination, traceparent, compel_weights)
+                    destination, traceparent, class, compel_weights)
   SELECT id, user_id, job_type, format, quality, model_type, stage, content_mode, original_prompt, enhanced_prompt,
          params, coalesce(metadata, '{}'), coalesce(adjustments, '[]'), max_attempts, callback_url,
          coalesce(callback_events, '{processing,completed,failed,cancelled}'), destination, traceparent,
-         params -> 'compel_weights'
+         class, params -> 'compel_weights'
   FROM given
   RETURNING *
 ), queued AS (
@@ -102,8 +102,8 @@ WITH again AS (
   WHERE id = :job_id AND status IN ('failed', 'cancelled')
   RETURNING *
 ), queued AS (
-  INSERT INTO job_queue (job_id, user_id, queue, tag, cost, attempt, max_attempts)
-  SELECT id, user_id, :queue, ourvidz.next_tag(:queue, user_id, :cost), :cost, attempts, max_attempts FROM again
+  INSERT INTO job_queue (job_id, user_id, queue, class, tag, cost, attempt, max_attempts)
+  SELECT id, user_id, :queue, class, ourvidz.next_tag(:queue, user_id, :cost), :cost, attempts, max_attempts FROM again
 ), noted AS (
   INSERT INTO job_events (job_id, user_id, attempt, kind) SELECT id, user_id, attempts, 'retried' FROM again
 )

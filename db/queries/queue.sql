@@ -11,7 +11,8 @@ WITH picked AS MATERIALIZED (
   UPDATE job_queue q
   SET state = 'running', attempt = q.attempt + 1, worker = :worker, phase = 'claimed', step = NULL, steps = NULL,
       lease_until = clock_timestamp() + make_interval(secs => :lease_seconds::float8)
-  FROM picked p WHERE q.job_id = p.job_id
+  -- an array, not a join: a prepared plan does not know the limit, and would join its guess by reading the whole table
+  WHERE q.job_id = ANY (ARRAY(SELECT job_id FROM picked))
   RETURNING q.*
 ), clock AS (
   UPDATE queues SET clock = top.tag FROM (SELECT max(tag) AS tag FROM claimed) top
@@ -21,7 +22,7 @@ WITH picked AS MATERIALIZED (
   SET status = 'processing', attempts = c.attempt, event_seq = j.event_seq + 1, started_at = coalesce(j.started_at, now()),
       queue_wait_ms = coalesce(j.queue_wait_ms, (extract(epoch FROM now() - j.created_at) * 1000)::bigint)
   FROM claimed c WHERE j.id = c.job_id
-  RETURNING j AS job, c.attempt, c.failures, c.max_attempts, c.worker
+  RETURNING j AS job, c.attempt, c.failures, c.max_attempts, c.worker, c.class, c.tag
 ), noted AS (
   INSERT INTO job_events (job_id, user_id, attempt, kind, data)
   SELECT (job).id, (job).user_id, attempt, 'started', jsonb_build_object('stage', (job).stage, 'worker', worker) FROM started
@@ -30,7 +31,7 @@ WITH picked AS MATERIALIZED (
   INSERT INTO callback_outbox (id, job_id, user_id, seq, event_type, terminal, url, body)
   SELECT c.* FROM started s CROSS JOIN LATERAL ourvidz.callback_for(s.job, '[]', '{}') c WHERE (s.job).started_at = now()
 )
-SELECT to_jsonb(job) AS job, attempt, failures, max_attempts FROM started;
+SELECT to_jsonb(job) AS job, attempt, failures, max_attempts FROM started ORDER BY class DESC, tag, (job).id;
 
 -- name: renew(job_ids, attempts, phases, steps, totals, worker, lease_seconds)
 -- Renew the leases of a replica's jobs with their progress. A job that is missing from the answer was lost.

@@ -14,7 +14,7 @@ from db.access import Principal
 from db.jobs import canonical_body
 from deployments.prompting import negatives_of
 from models.catalog import FAMILIES, Family, JobType, resolve
-from models.negatives import negative_prompt
+from models.negatives import GenerationMode, negative_prompt
 from models.params import ContentMode
 from serve_app.api.auth import EdgeDep, User
 from serve_app.api.bodies import json_object
@@ -63,7 +63,7 @@ async def queue_job(
     metadata = body.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise Problem(400, "type", "must be an object", field="metadata")
-    check_metadata(metadata)
+    check_metadata(_carried(body, metadata))
     name = body.get("jobType") if legacy else body.get("job_type")
     if not isinstance(name, str) or not name:
         raise Problem(400, "missing", "is required", field="jobType" if legacy else "job_type")
@@ -100,7 +100,7 @@ async def _submission(
         "content_mode": _content_mode(either("contentType", "content_type")),
     }
     weights = either("compel_weights")
-    if weights and given["compel_enabled"]:
+    if weights and given["compel_enabled"] and (prompt is None or isinstance(prompt, str)):
         if not isinstance(weights, str):
             message = 'must be text such as "(sharp focus:1.2), (grain:0.8)"'
             raise Problem(400, "type", message, field="compel_weights")
@@ -134,8 +134,13 @@ async def _submission(
         reference_strength=strength,
         callback_url=_text("callback_url", either("callback_url")),
         destination="library" if metadata.get("destination") == "library" else "workspace",
-        metadata={name: value for name, value in body.items() if name not in READ} | dict(metadata),
+        metadata=_carried(body, metadata),
     )
+
+
+def _carried(body: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What the job keeps for its caller: the metadata, and what else is in the body and read by nobody."""
+    return {name: value for name, value in body.items() if name not in READ} | dict(metadata)
 
 
 def _text(name: str, value: Any) -> str | None:

@@ -83,13 +83,17 @@ class InProcess:
         """How many rows each table holds, and how many files the object store."""
         tables = await self.pool.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY tablename")
         counts = {t: await self.pool.fetchval(f'SELECT count(*) FROM "{t}"') for (t,) in tables}  # noqa: S608
-        folder = Path(self.settings.blobs().removeprefix("file://"))
-        return counts | {"blobs": sum(entry.is_file() for entry in folder.rglob("*"))}
+        return counts | {"blobs": count_files(Path(self.settings.blobs().removeprefix("file://")))}
 
     async def events(self, job_id: UUID | str) -> list[str]:
         """The kinds of a job's events, oldest first."""
         rows = await self.pool.fetch("SELECT kind FROM job_events WHERE job_id = $1 ORDER BY id", UUID(str(job_id)))
         return [kind for (kind,) in rows]
+
+
+def count_files(folder: Path) -> int:
+    """The files in a folder and below."""
+    return sum(entry.is_file() for entry in folder.rglob("*"))
 
 
 @contextlib.asynccontextmanager

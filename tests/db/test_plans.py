@@ -1,0 +1,266 @@
+"""The plans of the statements that run all day, pinned by what they read: buffers do not depend on the machine.
+
+The database behind them is large where it must not matter: a million jobs that ended, a hundred thousand that wait in
+other queues or for other users, and a hundred thousand callbacks that were delivered or wait for later. Statistics are
+there as autovacuum would leave them. Every statement is explained twice: with the plan that Postgres makes for known
+parameters, and with the generic one that a prepared statement changes to after a few runs.
+"""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+
+from db.pool import queries
+from tests.conftest import with_database
+
+FINISHED, WAITING, CALLBACKS = 1_000_000, 100_000, 100_000
+RUNNING = 40
+WORKER = UUID(int=0xABC)
+CUSTOM, GENERIC = "force_custom_plan", "force_generic_plan"
+BOTH_PLANS = pytest.mark.parametrize("mode", [CUSTOM, GENERIC])
+
+FILL = [
+    # the checks of foreign keys and the touch trigger would take most of the time, and guard nothing here
+    "SET session_replication_role = replica",
+    "SELECT setseed(0.5)",
+    """INSERT INTO profiles (id, username) SELECT lpad(to_hex(n), 32, '0')::uuid, 'user ' || n FROM generate_series(1, 1000) n""",
+    "INSERT INTO queues (name) VALUES ('sdxl'), ('wan'), ('qwen')",
+    f"""INSERT INTO jobs (id, user_id, job_type, format, quality, model_type, status, stage, original_prompt, params, attempts,
+                          created_at, started_at, completed_at, generation_time_ms)
+        SELECT lpad(to_hex(n), 32, '0')::uuid, lpad(to_hex(1 + n % 1000), 32, '0')::uuid, 'sdxl_image_fast', 'image', 'fast', 'sdxl',
+               'completed', 'generate', 'a lighthouse', '{{}}', 1, now() - interval '90 days' + n * interval '5 seconds',
+               now() - interval '90 days', now() - interval '90 days' + n * interval '6 seconds', 4000
+        FROM generate_series(1, {FINISHED}) n""",
+    f"""INSERT INTO jobs (id, user_id, job_type, format, quality, model_type, stage, original_prompt, params, callback_url)
+        SELECT ('eeeeeeee' || lpad(to_hex(n), 24, '0'))::uuid, lpad(to_hex(1 + n % 1000), 32, '0')::uuid, 'video_fast', 'video', 'fast', 'wan', 'generate',
+               'waves', '{{}}', 'https://example.com/hook'
+        FROM generate_series(1, {WAITING}) n""",
+    # half of them wait for another model; the others for this one, behind the few that the claim is to find
+    f"""INSERT INTO job_queue (job_id, user_id, queue, tag, cost, state, run_at)
+        SELECT id, user_id, CASE WHEN n % 2 = 0 THEN 'wan' ELSE 'sdxl' END, 1000 + random() * 1000000, 40,
+               (CASE WHEN n % 50 = 1 THEN 'scheduled' ELSE 'ready' END)::queue_state, now() + interval '1 hour'
+        FROM (SELECT id, user_id, row_number() OVER () AS n FROM jobs WHERE status = 'queued') waiting""",
+    f"""UPDATE job_queue SET state = 'running', worker = '{WORKER}', attempt = 1, lease_until = now() + interval '1 hour'
+        WHERE job_id IN (SELECT job_id FROM job_queue WHERE queue = 'wan' AND state = 'ready' LIMIT {RUNNING})""",
+    f"""INSERT INTO callback_outbox (id, job_id, user_id, seq, event_type, terminal, url, body, state, next_at, delivered_at)
+        SELECT 'msg_' || n, lpad(to_hex(n), 32, '0')::uuid, lpad(to_hex(1 + n % 1000), 32, '0')::uuid, 2, 'job.completed', true,
+               'https://example.com/hook', '\\x7b7d', CASE WHEN n % 2 = 0 THEN 'delivered' ELSE 'due' END,
+               now() + interval '1 day', CASE WHEN n % 2 = 0 THEN now() END
+        FROM generate_series(1, {CALLBACKS}) n""",
+    "UPDATE callback_outbox SET next_at = now() - interval '1 minute' WHERE id IN ('msg_1', 'msg_3', 'msg_5')",
+    "SET session_replication_role = DEFAULT",
+    "VACUUM ANALYZE profiles, jobs, job_queue, callback_outbox, queues, fair_shares, job_events",
+]
+
+
+@pytest.fixture(scope="module")
+def filled_url(postgres_url: str, template_database: str) -> Iterator[str]:
+    """A database with a past and a backlog, made once for this module; every test rolls its changes back."""
+    name = f"filled_{uuid4().hex[:12]}"
+    url = with_database(postgres_url, name)
+
+    async def on_server(statement: str) -> None:
+        server = await asyncpg.connect(with_database(postgres_url, "postgres"))
+        await server.execute(statement)
+        await server.close()
+
+    async def fill() -> None:
+        await on_server(f'CREATE DATABASE "{name}" TEMPLATE "{template_database}"')
+        connection = await asyncpg.connect(url)
+        for statement in FILL:
+            await connection.execute(statement)
+        await connection.close()
+
+    asyncio.run(fill())
+    yield url
+    asyncio.run(on_server(f'DROP DATABASE "{name}" WITH (FORCE)'))
+
+
+@dataclass
+class Plan:
+    """What Postgres did: the nodes of a plan."""
+
+    nodes: list[dict[str, Any]]
+
+    @property
+    def buffers(self) -> int:
+        """All that was touched. A part that nobody reads from (an event, an outbox row) is not in the top node's sum."""
+        read_from = {node["CTE Name"] for node in self.nodes if node["Node Type"] == "CTE Scan"}
+        apart = [
+            node
+            for node in self.nodes
+            if node.get("Subplan Name", "").startswith("CTE ") and node["Subplan Name"][4:] not in read_from
+        ]
+        return sum(node["Shared Hit Blocks"] + node["Shared Read Blocks"] for node in (self.nodes[0], *apart))
+
+    def whole_scans(self, relation: str) -> int:
+        """Scans of a whole table."""
+        return sum(n["Node Type"] == "Seq Scan" and n["Relation Name"] == relation for n in self.nodes)
+
+    @property
+    def sorted_rows(self) -> float:
+        """Rows that went through a sort."""
+        return sum(n["Actual Rows"] * n["Actual Loops"] for n in self.nodes if "Sort" in n["Node Type"])
+
+    @property
+    def removed(self) -> float:
+        """Rows that were read and then thrown away."""
+        keys = ("Rows Removed by Filter", "Rows Removed by Index Recheck", "Rows Removed by Join Filter")
+        return sum(node.get(key, 0) * node["Actual Loops"] for node in self.nodes for key in keys)
+
+
+def walk(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield node
+    for child in node.get("Plans", []):
+        yield from walk(child)
+
+
+def literal(value: object) -> str:
+    if isinstance(value, list):
+        value = "{" + ",".join(map(str, value)) + "}"
+    return "NULL" if value is None else "'" + str(value).replace("'", "''") + "'"
+
+
+def parameters(file: str, name: str) -> list[str]:
+    """The parameters of a statement in the order of their numbers, which is that of their first use."""
+    text = files("db").joinpath("queries", f"{file}.sql").read_text(encoding="utf-8")
+    block = next(b for b in text.split("-- name: ") if b.startswith(f"{name}("))
+    body = re.sub("--.*", "", block.split("\n", 1)[1])
+    return list(dict.fromkeys(re.findall(r"(?<!:):([a-z_]+)", body)))
+
+
+async def explain(connection: asyncpg.Connection, file: str, name: str, mode: str, **values: object) -> Plan:
+    """Run a statement of `queries/<file>.sql` under EXPLAIN, once to warm the caches and once to count, and undo it."""
+    query = getattr(queries(file), name)
+    order = parameters(file, name)
+    given = f"({', '.join(literal(values[name]) for name in order)})" if order else ""
+    await connection.execute(f"SET plan_cache_mode = {mode}")
+    await connection.execute(f"PREPARE pinned AS {query.sql}")
+    try:
+        for _ in range(2):
+            transaction = connection.transaction()
+            await transaction.start()
+            try:
+                raw = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE pinned{given}")
+            finally:
+                await transaction.rollback()
+    finally:
+        await connection.execute("DEALLOCATE pinned")
+    return Plan(list(walk(json.loads(raw)[0]["Plan"])))
+
+
+@pytest.fixture
+async def filled(filled_url: str) -> AsyncIterator[asyncpg.Connection]:
+    """A connection to the filled database."""
+    connection = await asyncpg.connect(filled_url)
+    yield connection
+    await connection.close()
+
+
+async def running(connection: asyncpg.Connection, count: int) -> list[UUID]:
+    rows = await connection.fetch(
+        "SELECT job_id FROM job_queue WHERE state = 'running' ORDER BY job_id LIMIT $1", count
+    )
+    return [row["job_id"] for row in rows]
+
+
+@BOTH_PLANS
+async def test_claim_reads_a_handful_of_pages_behind_any_backlog(filled: asyncpg.Connection, mode: str) -> None:
+    plan = await explain(filled, "queue", "claim", mode, queue="sdxl", slots=1, worker=WORKER, lease_seconds=30)
+    assert plan.whole_scans("job_queue") == plan.whole_scans("jobs") == 0
+    assert plan.sorted_rows <= 1  # the answer, never the queue
+    assert plan.removed <= 10
+    assert plan.buffers <= 60, "with the event and the outbox row"
+    assert plan.nodes[0]["Shared Hit Blocks"] <= 40, "what the answer waits for: the queue row, the job and the clock"
+
+
+@BOTH_PLANS
+async def test_claim_costs_by_the_job_and_not_by_the_queue(filled: asyncpg.Connection, mode: str) -> None:
+    plan = await explain(filled, "queue", "claim", mode, queue="wan", slots=4, worker=WORKER, lease_seconds=30)
+    assert plan.nodes[0]["Actual Rows"] == 4
+    assert plan.whole_scans("job_queue") == plan.whole_scans("jobs") == 0
+    assert plan.sorted_rows <= 4
+    assert plan.removed <= 4 * 10
+    assert plan.buffers <= 4 * 60
+
+
+@BOTH_PLANS
+async def test_claim_of_an_empty_queue_reads_almost_nothing(filled: asyncpg.Connection, mode: str) -> None:
+    plan = await explain(filled, "queue", "claim", mode, queue="qwen", slots=4, worker=WORKER, lease_seconds=30)
+    assert plan.nodes[0]["Actual Rows"] == 0
+    assert plan.buffers <= 12
+
+
+@BOTH_PLANS
+async def test_renew_touches_its_own_rows_only(filled: asyncpg.Connection, mode: str) -> None:
+    ids = await running(filled, 8)
+    given = {"attempts": [1] * 8, "phases": ["denoise"] * 8, "steps": [1] * 8, "totals": [4] * 8}
+    plan = await explain(filled, "queue", "renew", mode, job_ids=ids, worker=WORKER, lease_seconds=30, **given)
+    assert plan.nodes[0]["Actual Rows"] == 8
+    assert plan.whole_scans("job_queue") == 0
+    assert plan.removed == 0
+    assert plan.buffers <= 8 * 10
+
+
+@BOTH_PLANS
+async def test_expired_reads_the_running_rows_only(filled: asyncpg.Connection, mode: str) -> None:
+    plan = await explain(filled, "queue", "expired", mode, page_size=100)
+    assert plan.whole_scans("job_queue") == 0
+    assert plan.removed <= RUNNING
+    assert plan.buffers <= RUNNING + 10
+
+
+@BOTH_PLANS
+@pytest.mark.parametrize("duty", ["overdue", "promote", "stopped_waiting"])
+async def test_upkeep_with_nothing_to_do_reads_almost_nothing(filled: asyncpg.Connection, mode: str, duty: str) -> None:
+    plan = await explain(filled, "queue", duty, mode, page_size=100)
+    assert plan.whole_scans("job_queue") == 0
+    assert plan.removed == 0
+    assert plan.buffers <= 6
+
+
+@BOTH_PLANS
+@pytest.mark.parametrize("move", ["settle", "requeue"])
+async def test_the_end_of_a_run_is_found_by_its_key(filled: asyncpg.Connection, mode: str, move: str) -> None:
+    (job_id,) = await running(filled, 1)
+    end = {"job_id": str(job_id), "attempt": 1, "status": "completed", "kind": "requeued"}
+    plan = await explain(filled, "queue", move, mode, rows=json.dumps([end]))
+    assert plan.nodes[0]["Actual Rows"] == 1
+    assert plan.whole_scans("job_queue") == plan.whole_scans("jobs") == plan.whole_scans("callback_outbox") == 0
+    assert plan.removed == 0
+    assert plan.buffers <= 100
+
+
+@BOTH_PLANS
+async def test_outbox_claim_passes_over_what_is_delivered_or_not_due(filled: asyncpg.Connection, mode: str) -> None:
+    caps = {"per_host": 4, "per_user": 10, "window": 200}
+    plan = await explain(filled, "callbacks", "claim_due", mode, limit=10, lease_seconds=30, **caps)
+    assert plan.nodes[0]["Actual Rows"] == 3
+    assert plan.whole_scans("callback_outbox") == 0
+    assert plan.removed <= 10 * 10
+    assert plan.sorted_rows <= 3 * 4
+    assert plan.buffers <= 150
+
+
+@BOTH_PLANS
+async def test_run_times_come_from_an_index(filled: asyncpg.Connection, mode: str) -> None:
+    plan = await explain(filled, "jobs", "run_seconds", mode, job_type="sdxl_image_fast")
+    assert plan.whole_scans("jobs") == 0
+    assert plan.buffers <= 10
+
+
+async def test_a_page_of_a_user_does_not_read_the_jobs_of_others(filled: asyncpg.Connection) -> None:
+    nobody = dict.fromkeys(("status", "job_type", "created_after", "before", "after"))
+    plan = await explain(filled, "jobs", "list_page", CUSTOM, user_id=UUID(int=5), page_size=20, **nobody)
+    assert plan.nodes[0]["Actual Rows"] == 20
+    assert plan.whole_scans("jobs") == 0
+    assert plan.removed == 0
+    assert plan.buffers <= 20 * 12
