@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX_URL ?=
 export TORCH_INDEX_URL
 
-.PHONY: help setup demo serve check format test clean
+.PHONY: help setup demo serve check docs format test clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -35,6 +35,9 @@ check: setup ## format, lint, types, import contracts
 format: setup ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: setup ## write the generated parts of docs/reference anew
+	$(BIN)/python docs/generate.py
 
 test: setup ## run the tests (own Postgres, own Ray cluster, tiny models made on the spot)
 	$(BIN)/pytest

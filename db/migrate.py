@@ -50,37 +50,43 @@ async def migrate(connection: asyncpg.Connection) -> list[str]:
     """Apply what is missing; return the names of the files applied now. Waits while another process migrates."""
     await connection.execute("SELECT pg_advisory_lock($1)", LOCK)
     try:
-        await connection.execute(
-            """CREATE TABLE IF NOT EXISTS schema_migrations (
-                 number int PRIMARY KEY, name text NOT NULL, checksum text NOT NULL,
-                 applied_at timestamptz NOT NULL DEFAULT now())"""
-        )
-        applied = await _applied(connection)
-        fresh = []
-        for migration in migrations():
-            if migration.number in applied:
-                if applied[migration.number] != migration.checksum:
-                    raise MigrationError(f"{migration.name} was changed after it had been applied")
-                continue
-            async with connection.transaction():
-                await connection.execute("SET LOCAL lock_timeout = '10s'")
-                try:
-                    await connection.execute(migration.sql)
-                except asyncpg.PostgresError as error:
-                    raise MigrationError(f"{migration.name}: {error}") from error
-                await connection.execute(
-                    "INSERT INTO schema_migrations (number, name, checksum) VALUES ($1, $2, $3)",
-                    migration.number,
-                    migration.name,
-                    migration.checksum,
-                )
-            fresh.append(migration.name)
-        unknown = sorted(set(applied) - {migration.number for migration in migrations()})
-        if unknown:
-            raise MigrationError(f"the database has migrations that this version does not know: {unknown}")
-        return fresh
+        return await _migrate(connection)
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise MigrationError(f"the database user lacks a right: {error}") from error
     finally:
         await connection.execute("SELECT pg_advisory_unlock($1)", LOCK)
+
+
+async def _migrate(connection: asyncpg.Connection) -> list[str]:
+    await connection.execute(
+        """CREATE TABLE IF NOT EXISTS schema_migrations (
+             number int PRIMARY KEY, name text NOT NULL, checksum text NOT NULL,
+             applied_at timestamptz NOT NULL DEFAULT now())"""
+    )
+    applied = await _applied(connection)
+    fresh = []
+    for migration in migrations():
+        if migration.number in applied:
+            if applied[migration.number] != migration.checksum:
+                raise MigrationError(f"{migration.name} was changed after it had been applied")
+            continue
+        async with connection.transaction():
+            await connection.execute("SET LOCAL lock_timeout = '10s'")
+            try:
+                await connection.execute(migration.sql)
+            except asyncpg.PostgresError as error:
+                raise MigrationError(f"{migration.name}: {error}") from error
+            await connection.execute(
+                "INSERT INTO schema_migrations (number, name, checksum) VALUES ($1, $2, $3)",
+                migration.number,
+                migration.name,
+                migration.checksum,
+            )
+        fresh.append(migration.name)
+    unknown = sorted(set(applied) - {migration.number for migration in migrations()})
+    if unknown:
+        raise MigrationError(f"the database has migrations that this version does not know: {unknown}")
+    return fresh
 
 
 async def pending(connection: asyncpg.Connection) -> list[str]:

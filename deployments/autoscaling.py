@@ -18,11 +18,18 @@ class QueueDepthPolicy:
     """Replicas wanted = enough to hold what runs and to start what waits within `target_seconds` of predicted work.
 
     Never fewer than the jobs that run, because Serve may pick a busy replica to stop. Until the first reading, and
-    while Postgres is away, it keeps what is there.
+    while Postgres is away, it keeps what is there. `args` are the application's, which say where Postgres is; the
+    environment of the head node overrules them, as everywhere.
     """
 
-    def __init__(self, queue: str, target_seconds: float = TARGET_SECONDS, poll_seconds: float = 2.0) -> None:
-        self.queue, self.target_seconds, self.poll_seconds = queue, target_seconds, poll_seconds
+    def __init__(
+        self,
+        queue: str,
+        target_seconds: float = TARGET_SECONDS,
+        poll_seconds: float = 2.0,
+        args: dict[str, Any] | None = None,
+    ) -> None:
+        self.queue, self.target_seconds, self.poll_seconds, self.args = queue, target_seconds, poll_seconds, args
         self._wanted: int | None = None
         self._asked = -math.inf
         self._task: asyncio.Task[None] | None = None
@@ -44,7 +51,7 @@ class QueueDepthPolicy:
         from deployments.settings import Settings
 
         try:
-            url = await asyncio.to_thread(Settings.load().postgres)
+            url = await asyncio.to_thread(Settings.load(self.args).postgres)
             connection = await asyncpg.connect(url, timeout=5, server_settings={"role": WORKER_ROLE})
             try:
                 row = await queries("queue").work(connection, queue=self.queue)

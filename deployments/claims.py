@@ -28,6 +28,7 @@ log = structlog.get_logger()
 PHASE_ALLOWANCE = {"waiting": 3600.0, "encode": 300.0, "denoise": 300.0, "decode": 600.0, "encode_media": 300.0}
 DEFAULT_ALLOWANCE = 300.0
 STOP_ALLOWANCE = 120.0  # for a step or a decode that can't be interrupted, after the lease is lost
+HAND_BACK_SECONDS = 3.0  # for a draining job to stop at its next step, before it is handed back regardless
 PROGRESS_SECONDS = 0.5  # progress goes out at most twice a second
 DATABASE_FAULTS = (*CONNECTION_FAULTS, asyncpg.PostgresError)
 
@@ -149,10 +150,25 @@ class ClaimLoop:
         for held in list(self._tasks.values()):
             held.stop(StopReason.DRAIN)
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self._lease)
+            await asyncio.wait(self._tasks, timeout=HAND_BACK_SECONDS)
+        await self._hand_back()
         for loop in self._loops:
             loop.cancel()
         await asyncio.gather(*self._loops, return_exceptions=True)
+
+    async def _hand_back(self) -> None:
+        """Put back what has not stopped by now, such as a job in the middle of a long step. Serve would kill us before
+        it stopped; the fence makes whatever its engine still does harmless."""
+        for held in list(self._tasks.values()):
+            back = Requeue(job_id=held.claim.job_id, attempt=held.claim.attempt, error_code="drained")
+            try:
+                moved = await self._queue.requeue([back])
+            except DATABASE_FAULTS as error:
+                log.warning("requeue_failed", job_id=str(held.claim.job_id), error=type(error).__name__)
+                continue
+            if moved:
+                held.stop(StopReason.LOST)
+                self._on_news(held.claim.job_id)
 
     def _note_end(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and task.exception() is not None:

@@ -7,11 +7,12 @@ ingress, so that every replica of it says the same.
 from collections.abc import Mapping
 from typing import Any
 
-from ray.serve.metrics import Counter, Gauge, Histogram
+from ray.serve.metrics import Counter, Histogram
 
 # One ladder for all models, so that they add up; a service-level objective should be one of its edges.
 RUN_SECONDS = [0.5, 1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 300, 420, 600, 900]
 WAIT_SECONDS = [0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600]
+LOAD_SECONDS = [1, 2, 5, 10, 20, 30, 60, 120, 180, 300, 600]
 CALL_SECONDS = [0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 30]
 
 
@@ -36,7 +37,9 @@ class Metrics:
         )
         self._failures = Counter("ourvidz_failures_total", "Failed runs by code.", ("model", "code", "outcome"))
         self._lost = Counter("ourvidz_leases_lost_total", "Leases that a replica lost.", ("model",))
-        self._load = Gauge("ourvidz_model_load_seconds", "Load and warm-up of the model.", ("model",))
+        self._load = Histogram(
+            "ourvidz_model_load_seconds", "Load and warm-up of a model.", boundaries=LOAD_SECONDS, tag_keys=("model",)
+        )
         self._callbacks = Counter("ourvidz_callbacks_total", "Delivery attempts by outcome.", ("outcome",))
         self._callback = Histogram(
             "ourvidz_callback_seconds", "One delivery attempt.", boundaries=CALL_SECONDS, tag_keys=("outcome",)
@@ -61,7 +64,7 @@ class Metrics:
 
     def model_loaded(self, model: str, seconds: float) -> None:
         """A model is loaded and warm."""
-        self._load.set(seconds, {"model": model})
+        self._load.observe(seconds, {"model": model})
 
     def callback_sent(self, outcome: str, seconds: float) -> None:
         """A delivery attempt has ended."""

@@ -117,7 +117,8 @@ class Replica:
         await self._listener.close()
         await self._notifier.close()
         if self.engine is not None:
-            await asyncio.to_thread(self.engine.close)
+            # a step or a decode that can't be interrupted ends with the process
+            await asyncio.to_thread(self.engine.close, 2.0)
         await self._workers.enter(self.worker, self.family, "stopped")
         await self._pool.close()
 

@@ -63,8 +63,9 @@ def api(settings: Settings, enhancer: Any = None) -> FastAPI:
     )
     problems.install(app)
     for module in (jobs, keys, files, operations, functions, enhancement, providers, health):
-        app.include_router(module.router)
+        app.include_router(module.router, responses=problems.DOCUMENTED)
     app.webhooks.include_router(callbacks)
+    _document_problems(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(
         CORSMiddleware,
@@ -73,6 +74,17 @@ def api(settings: Settings, enhancer: Any = None) -> FastAPI:
         allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
     )
     return app
+
+
+def _document_problems(app: FastAPI) -> None:
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = plain()
+        problems.name_media_type(document)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]  # how FastAPI documents are extended
 
 
 def event_streams(settings: Settings) -> FastAPI:
@@ -89,7 +101,8 @@ def event_streams(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="ourvidz-serve events", version=VERSION, lifespan=lifespan)
     problems.install(app)
-    app.include_router(events.router)
+    app.include_router(events.router, responses=problems.DOCUMENTED)
+    _document_problems(app)
     return app
 
 

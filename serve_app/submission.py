@@ -49,7 +49,6 @@ class Submission:
     start_after_seconds: float | None = None
     start_deadline_seconds: float | None = None
     deadline_seconds: float | None = None
-    destination: str = "workspace"
     metadata: Mapping[str, Any] = field(default_factory=dict)
     traceparent: str | None = None
 
@@ -105,7 +104,6 @@ async def submit(
         max_attempts=edge.settings.max_attempts,
         callback_url=asked.callback_url,
         callback_events=asked.callback_events or ("processing", "completed", "failed", "cancelled"),
-        destination=asked.destination,
         traceparent=asked.traceparent,
         start_after_seconds=asked.start_after_seconds,
         start_deadline_seconds=asked.start_deadline_seconds,

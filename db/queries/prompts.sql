@@ -18,6 +18,3 @@ ON CONFLICT (model_type, content_mode, generation_mode, name) DO NOTHING;
 -- name: list_negatives()
 SELECT name, model_type, content_mode, generation_mode, negative_prompt, priority, metadata, description
 FROM negative_prompts WHERE is_active ORDER BY priority DESC, name;
-
--- name: read_config()$
-SELECT config FROM system_config WHERE id = 1;

@@ -133,7 +133,6 @@ async def _submission(
         reference_url=reference or None,
         reference_strength=strength,
         callback_url=_text("callback_url", either("callback_url")),
-        destination="library" if metadata.get("destination") == "library" else "workspace",
         metadata=_carried(body, metadata),
     )
 

@@ -52,7 +52,6 @@ async def create_job(
         start_after_seconds=body.start_after_seconds,
         start_deadline_seconds=body.start_deadline_seconds,
         deadline_seconds=body.deadline_seconds,
-        destination=body.destination,
         metadata=body.metadata,
         traceparent=request.headers.get("traceparent"),
     )
@@ -78,7 +77,7 @@ async def list_jobs(
     after: Annotated[UUID | None, Query(description="Newer than this job.")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> JobPage:
-    """Your jobs, newest first. Staff see everybody's in the portal, not here."""
+    """Your jobs, newest first."""
     if job_type is not None:
         resolve(job_type)
     async with as_user(edge.pool, user.user_id) as connection:

@@ -3,6 +3,8 @@
 A problem names the field that is wrong and never repeats what was in it.
 """
 
+from typing import Any
+
 import asyncpg
 import structlog
 from fastapi import FastAPI, Request
@@ -171,3 +173,20 @@ def install(app: FastAPI) -> None:
         Exception,
     ):
         app.add_exception_handler(kind, handle)
+
+
+DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    status: {"model": ProblemDocument, "description": TITLES[status]}
+    for status in (400, 401, 403, 404, 409, 413, 415, 422, 503)
+}
+"""The errors that any operation may answer, for the OpenAPI document."""
+
+
+def name_media_type(document: dict[str, Any]) -> None:
+    """Say in an OpenAPI document that problems are application/problem+json, which FastAPI can't be told."""
+    for item in document["paths"].values():
+        for operation in item.values():
+            for answer in operation.get("responses", {}).values():
+                content = answer.get("content", {})
+                if content.get("application/json", {}).get("schema", {}).get("$ref", "").endswith("/Problem"):
+                    content["application/problem+json"] = content.pop("application/json")

@@ -58,7 +58,6 @@ class JobRequest(BaseModel):
     start_after_seconds: Seconds | None = Field(None, description="Do not start before.")
     start_deadline_seconds: Seconds | None = Field(None, description="Fail if not started by then.")
     deadline_seconds: Seconds | None = Field(None, description="Fail if not finished by then.")
-    destination: Literal["library", "workspace"] = "workspace"
     metadata: dict[str, Any] = Field(default_factory=dict, description="Yours: carried, given back, never read.")
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -21,44 +22,9 @@ import pytest
 from db.pool import queries
 from tests.conftest import with_database
 
-FINISHED, WAITING, CALLBACKS = 1_000_000, 100_000, 100_000
-RUNNING = 40
-WORKER = UUID(int=0xABC)
+RUNNING, WORKER = 40, UUID(int=0xABC)  # as filled.sql has them
 CUSTOM, GENERIC = "force_custom_plan", "force_generic_plan"
 BOTH_PLANS = pytest.mark.parametrize("mode", [CUSTOM, GENERIC])
-
-FILL = [
-    # the checks of foreign keys and the touch trigger would take most of the time, and guard nothing here
-    "SET session_replication_role = replica",
-    "SELECT setseed(0.5)",
-    """INSERT INTO profiles (id, username) SELECT lpad(to_hex(n), 32, '0')::uuid, 'user ' || n FROM generate_series(1, 1000) n""",
-    "INSERT INTO queues (name) VALUES ('sdxl'), ('wan'), ('qwen')",
-    f"""INSERT INTO jobs (id, user_id, job_type, format, quality, model_type, status, stage, original_prompt, params, attempts,
-                          created_at, started_at, completed_at, generation_time_ms)
-        SELECT lpad(to_hex(n), 32, '0')::uuid, lpad(to_hex(1 + n % 1000), 32, '0')::uuid, 'sdxl_image_fast', 'image', 'fast', 'sdxl',
-               'completed', 'generate', 'a lighthouse', '{{}}', 1, now() - interval '90 days' + n * interval '5 seconds',
-               now() - interval '90 days', now() - interval '90 days' + n * interval '6 seconds', 4000
-        FROM generate_series(1, {FINISHED}) n""",
-    f"""INSERT INTO jobs (id, user_id, job_type, format, quality, model_type, stage, original_prompt, params, callback_url)
-        SELECT ('eeeeeeee' || lpad(to_hex(n), 24, '0'))::uuid, lpad(to_hex(1 + n % 1000), 32, '0')::uuid, 'video_fast', 'video', 'fast', 'wan', 'generate',
-               'waves', '{{}}', 'https://example.com/hook'
-        FROM generate_series(1, {WAITING}) n""",
-    # half of them wait for another model; the others for this one, behind the few that the claim is to find
-    f"""INSERT INTO job_queue (job_id, user_id, queue, tag, cost, state, run_at)
-        SELECT id, user_id, CASE WHEN n % 2 = 0 THEN 'wan' ELSE 'sdxl' END, 1000 + random() * 1000000, 40,
-               (CASE WHEN n % 50 = 1 THEN 'scheduled' ELSE 'ready' END)::queue_state, now() + interval '1 hour'
-        FROM (SELECT id, user_id, row_number() OVER () AS n FROM jobs WHERE status = 'queued') waiting""",
-    f"""UPDATE job_queue SET state = 'running', worker = '{WORKER}', attempt = 1, lease_until = now() + interval '1 hour'
-        WHERE job_id IN (SELECT job_id FROM job_queue WHERE queue = 'wan' AND state = 'ready' LIMIT {RUNNING})""",
-    f"""INSERT INTO callback_outbox (id, job_id, user_id, seq, event_type, terminal, url, body, state, next_at, delivered_at)
-        SELECT 'msg_' || n, lpad(to_hex(n), 32, '0')::uuid, lpad(to_hex(1 + n % 1000), 32, '0')::uuid, 2, 'job.completed', true,
-               'https://example.com/hook', '\\x7b7d', CASE WHEN n % 2 = 0 THEN 'delivered' ELSE 'due' END,
-               now() + interval '1 day', CASE WHEN n % 2 = 0 THEN now() END
-        FROM generate_series(1, {CALLBACKS}) n""",
-    "UPDATE callback_outbox SET next_at = now() - interval '1 minute' WHERE id IN ('msg_1', 'msg_3', 'msg_5')",
-    "SET session_replication_role = DEFAULT",
-    "VACUUM ANALYZE profiles, jobs, job_queue, callback_outbox, queues, fair_shares, job_events",
-]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +41,7 @@ def filled_url(postgres_url: str, template_database: str) -> Iterator[str]:
     async def fill() -> None:
         await on_server(f'CREATE DATABASE "{name}" TEMPLATE "{template_database}"')
         connection = await asyncpg.connect(url)
-        for statement in FILL:
+        for statement in Path(__file__).with_name("filled.sql").read_text(encoding="utf-8").split(";\n"):
             await connection.execute(statement)
         await connection.close()
 
@@ -92,7 +58,7 @@ class Plan:
 
     @property
     def buffers(self) -> int:
-        """All that was touched. A part that nobody reads from (an event, an outbox row) is not in the top node's sum."""
+        """All that was touched. A part that nobody reads from, as an event, is not in the top node's sum."""
         read_from = {node["CTE Name"] for node in self.nodes if node["Node Type"] == "CTE Scan"}
         apart = [
             node
