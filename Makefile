@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 TORCH_INDEX_URL ?=
 export TORCH_INDEX_URL
 
-.PHONY: help setup demo serve check docs format test clean
+CHAOS ?=
+.PHONY: help setup demo serve chaos check docs format test clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -35,6 +36,9 @@ check: setup ## format, lint, types, import contracts
 format: setup ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+chaos: setup ## kill, stop and cut everything in turn under load, then check that nothing was lost
+	$(BIN)/python -m benchmarks.chaos $(CHAOS)
 
 docs: setup ## write the generated parts of docs/reference anew
 	$(BIN)/python docs/generate.py

@@ -61,7 +61,7 @@ class Access:
 
     async def authenticate(self, key: str) -> Principal | None:
         """The holder of a key, or None when it is unknown, revoked or expired."""
-        if not key.startswith(KEY_PREFIX) or len(key) > 200:
+        if not key.startswith(KEY_PREFIX) or len(key) > 200 or not key.isascii():
             return None
         row = await self._sql.find_key(self._pool, key_hash=_digest(key))
         if row is None:

@@ -15,10 +15,14 @@ delivered   The receiver answered with 2xx.
 dead        Given up by a rule. `replay` makes it due again, under the same id.
 superseded  The job ended before this progress event was delivered.
 
+A job's status has one row for each receiver that wants it: the URL that the job has, and every enabled endpoint of
+its user (db/endpoints.py). Each row has an id of its own and goes its own way: order and supersession hold among the
+rows of one job to one receiver.
+
 `attempts` counts claims, so that a callback which kills its deliverer uses up its tries.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Self
@@ -30,8 +34,22 @@ from db.pool import queries
 
 
 @dataclass(frozen=True)
+class SigningKey:
+    """Which key signs, of those that the operator's secret gives: a user's own, or an endpoint's.
+
+    `scheme` is None for a user's key, and `v1` (HMAC) or `v1a` (ed25519) for an endpoint's. `age_seconds` counts from
+    the last rotation, and is None where there was none.
+    """
+
+    owner_id: UUID
+    scheme: str | None
+    version: int
+    age_seconds: float | None
+
+
+@dataclass(frozen=True)
 class Delivery:
-    """A claimed callback: send `body`, unchanged, to `url`. `secret_age_seconds` is None for a key never rotated."""
+    """A claimed callback: send `body`, unchanged, to `url`; not when `withdrawn` says why nobody wants it any more."""
 
     id: str
     job_id: UUID
@@ -43,6 +61,16 @@ class Delivery:
     lease_no: int
     secret_version: int
     secret_age_seconds: float | None
+    endpoint_id: UUID | None = None
+    signature: str = "v1"
+    withdrawn: str | None = None  # endpoint_disabled, endpoint_deleted
+
+    @property
+    def key(self) -> SigningKey:
+        """What it is signed with."""
+        if self.endpoint_id is None:
+            return SigningKey(self.user_id, None, self.secret_version, self.secret_age_seconds)
+        return SigningKey(self.endpoint_id, self.signature, self.secret_version, self.secret_age_seconds)
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Self:
@@ -52,7 +80,10 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What one try gave: a status of HTTP, or an error's stable name, or both; `excerpt` is of the answer's body."""
+    """What one try gave: a status of HTTP, or an error's stable name, or both; `excerpt` is of the answer's body.
+
+    `elapsed_ms` is None where nothing was sent, which says nothing against the receiver.
+    """
 
     status: int | None = None
     error: str | None = None
@@ -64,6 +95,7 @@ class Attempt:
 class LoggedAttempt:
     """An attempt as it was recorded."""
 
+    callback_id: str
     attempt: int
     at: datetime
     status: int | None
@@ -79,10 +111,11 @@ class LoggedAttempt:
 
 @dataclass(frozen=True)
 class Callback:
-    """A callback as its owner may see it."""
+    """A callback as its owner may see it. `endpoint_id` is None for the URL that the job itself has."""
 
     id: str
     job_id: UUID
+    endpoint_id: UUID | None
     seq: int
     event_type: str
     terminal: bool
@@ -132,17 +165,33 @@ class Callbacks:
         return bool(await self._sql.delivered(self._pool, **_fence(delivery), **_facts(attempt)))
 
     async def failed(self, delivery: Delivery, attempt: Attempt, retry_in_seconds: float) -> bool:
-        """Record a failure after which another try is worth it. False, and nothing written, when the lease was lost."""
+        """Record a failure after which another try is worth it; an endpoint that fails for days is disabled by it.
+
+        False, and nothing written, when the lease was lost.
+        """
         ended = self._sql.failed(self._pool, retry_in_seconds=retry_in_seconds, **_fence(delivery), **_facts(attempt))
         return bool(await ended)
 
     async def dead(self, delivery: Delivery, attempt: Attempt) -> bool:
-        """Record that we give up, `attempt.error` says why. False, and nothing written, when the lease was lost."""
+        """Record that we give up, `attempt.error` says why; an endpoint that answered 410 is disabled by it.
+
+        False, and nothing written, when the lease was lost.
+        """
         return bool(await self._sql.dead(self._pool, **_fence(delivery), **_facts(attempt)))
 
     async def replay(self, callback_id: str) -> bool:
-        """Make a dead or delivered callback due again. False when it is neither, or its job's end made it pointless."""
+        """Make a dead or delivered callback due again.
+
+        False when it is neither, its job's end made it pointless, or its endpoint is not enabled.
+        """
         return bool(await self._sql.replay(self._pool, id=callback_id))
+
+    async def replay_range(self, endpoint_id: UUID, since: datetime, until: datetime, states: Sequence[str]) -> int:
+        """The same for the callbacks of an endpoint that came to be from `since` on and before `until`. How many."""
+        again = self._sql.replay_range(
+            self._pool, endpoint_id=endpoint_id, since=since, until=until, states=list(states)
+        )
+        return int(await again)
 
     async def due_count(self) -> int:
         """How many callbacks should be under way by now and are not."""
@@ -152,9 +201,14 @@ class Callbacks:
         """A job's callbacks in their order. Whose job it is, is the caller's to check."""
         return [Callback.from_row(row) async for row in self._sql.for_job(self._pool, job_id=job_id)]
 
-    async def attempts_of(self, callback_id: str) -> list[LoggedAttempt]:
-        """The recorded tries of a callback, oldest first; empty for an unknown one."""
-        return [LoggedAttempt.from_row(row) async for row in self._sql.attempts_of(self._pool, id=callback_id)]
+    async def for_endpoint(self, endpoint_id: UUID, state: str | None, limit: int) -> list[Callback]:
+        """An endpoint's callbacks, newest first. Whose endpoint it is, is the caller's to check."""
+        rows = self._sql.for_endpoint(self._pool, endpoint_id=endpoint_id, state=state, limit=limit)
+        return [Callback.from_row(row) async for row in rows]
+
+    async def attempts_of(self, *callback_ids: str) -> list[LoggedAttempt]:
+        """The recorded tries of callbacks, oldest first; none for an unknown one."""
+        return [LoggedAttempt.from_row(row) async for row in self._sql.attempts_of(self._pool, ids=list(callback_ids))]
 
 
 def _fence(delivery: Delivery) -> dict[str, Any]:

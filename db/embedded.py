@@ -11,9 +11,11 @@ makes, and the folders on the way to the data are made passable (not readable) f
 
 import fcntl
 import os
+import shutil
 import subprocess
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,9 +39,10 @@ class EmbeddedPostgresError(RuntimeError):
     code = "embedded_postgres"
 
 
-def ensure_running(data: Path, database: str = "ourvidz") -> str:
+def ensure_running(data: Path, database: str = "ourvidz", options: Mapping[str, str] | None = None) -> str:
     """Start the server of a data folder if it is not running, and return the URL of a database in it.
 
+    `options` are settings of Postgres for this start, such as `fsync` off for data that need not survive a power cut.
     Safe to call from many processes at once. Raises `EmbeddedPostgresError`.
     """
     data = data.absolute()
@@ -49,7 +52,7 @@ def ensure_running(data: Path, database: str = "ourvidz") -> str:
         if not (data / "PG_VERSION").exists():
             _initialize(data)
         if _postmaster(data) is None:
-            _start(data)
+            _start(data, OPTIONS | dict(options or {}))
         url = f"postgresql://postgres@/{database}?host={data}"
         _ensure_database(data, database)
     return url
@@ -87,7 +90,8 @@ def _postmaster(data: Path) -> int | None:
         pid, start = int(lines[0]), int(lines[2])
         process = psutil.Process(pid)
         # the file's start time is written a moment after the process began
-        if abs(process.create_time() - start) < 300 and "postgres" in process.name():
+        same = abs(process.create_time() - start) < 300 and "postgres" in process.name()
+        if same and process.status() != psutil.STATUS_ZOMBIE:
             return pid
     except (FileNotFoundError, IndexError, ValueError, psutil.Error):
         pass
@@ -95,6 +99,11 @@ def _postmaster(data: Path) -> int | None:
 
 
 def _initialize(data: Path) -> None:
+    """Make a new server beside the folder and move it there when it is whole: initdb writes PG_VERSION early, and one
+    that was killed in the middle must not be taken for a server."""
+    draft = data.with_name(f"{data.name}.new")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(mode=0o700)
     wheel = _wheel()
     user = _system_user()
     if user is not None:
@@ -110,14 +119,45 @@ def _initialize(data: Path) -> None:
         wheel.ensure_folder_permissions(binaries, readable | stat.S_IXGRP | stat.S_IXOTH)
         wheel.ensure_folder_permissions(binaries.parent / "lib", readable)
         entry = pwd.getpwnam(user)
-        os.chown(data, entry.pw_uid, grp.getgrgid(entry.pw_gid).gr_gid)
-    _run(data, "initdb", "--auth=trust", "--encoding=utf8", "--locale=C", "-U", "postgres", "-D", str(data))
+        os.chown(draft, entry.pw_uid, grp.getgrgid(entry.pw_gid).gr_gid)
+    _run(data, "initdb", "--auth=trust", "--encoding=utf8", "--locale=C", "-U", "postgres", "-D", str(draft))
+    draft.rename(data)  # onto the empty folder that the lock has made
 
 
-def _start(data: Path) -> None:
-    options = " ".join(f"-c {name}='{value}'" for name, value in OPTIONS.items())
+def _start(data: Path, settings: Mapping[str, str]) -> None:
+    _bury(data)
+    options = " ".join(f"-c {name}='{value}'" for name, value in settings.items())
     arguments = ["-D", str(data), "-l", str(data / "log"), "-w", "-t", str(START_TIMEOUT_SECONDS)]
     _run(data, "pg_ctl", *arguments, "-o", f"{options} -k '{data}'", "start")
+
+
+def _bury(data: Path) -> None:
+    """Remove the lock files of a killed postmaster that nobody has reaped, once its backends have gone too.
+
+    Postgres takes a zombie for a running server and would not start. Where process 1 is no init, as in many containers,
+    a zombie stays for ever. Backends end by themselves, and must have: the data may not be open twice.
+    """
+    pid_file = data / "postmaster.pid"
+    try:
+        pid = int(pid_file.read_text().splitlines()[0])
+        if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            return
+    except (FileNotFoundError, IndexError, ValueError, psutil.Error):
+        return  # nothing there, or nothing that Postgres could not judge by itself
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
+    while any(_works_in(process, data) for process in psutil.process_iter()):
+        if time.monotonic() > deadline:
+            raise EmbeddedPostgresError("the server was killed, but processes of it still use its data")
+        time.sleep(0.05)
+    for lock in (pid_file, *data.glob(".s.PGSQL.*.lock")):
+        lock.unlink(missing_ok=True)
+
+
+def _works_in(process: psutil.Process, data: Path) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()) == data.resolve()
+    except (psutil.Error, OSError):
+        return False  # it has just gone, or belongs to somebody else
 
 
 def _ensure_database(data: Path, database: str) -> None:

@@ -24,7 +24,7 @@ is the budget. So a drain, a preemption and a hop between stages cost nothing.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Self
@@ -98,7 +98,7 @@ class NewJob:
 
     def to_row(self) -> dict[str, Any]:
         """The values as the `accept` statement names them."""
-        values = asdict(self)
+        values = dict(vars(self))
         values["class"] = values.pop("klass")
         return values
 
@@ -187,22 +187,27 @@ class Jobs:
         Raises `IdempotencyConflict` for a known key with another body, `IdempotencyInFlight` when the first
         request with it has not committed yet.
         """
+        if idempotency_key is None:  # one statement is a transaction of its own, in a third of the round trips
+            await self._make(self._pool, job)
+            return Accepted(job.id, replayed=False)
         async with self._pool.acquire() as connection, connection.transaction():
-            if idempotency_key is not None:
-                earlier = await self._earlier(connection, job.user_id, idempotency_key, body)
-                if earlier is not None:
-                    return Accepted(earlier, replayed=True)
-            made = [row["id"] async for row in self._sql.accept(connection, rows=[job.to_row()])]
-            if idempotency_key is not None:
-                await self._sql.store_idempotency_key(
-                    connection,
-                    user_id=job.user_id,
-                    key=idempotency_key,
-                    body_hash=hashlib.sha256(body).digest(),
-                    job_id=job.id,
-                    hours=keep_hours,
-                )
-        return Accepted(made[0], replayed=False)
+            earlier = await self._earlier(connection, job.user_id, idempotency_key, body)
+            if earlier is not None:
+                return Accepted(earlier, replayed=True)
+            await self._make(connection, job)
+            await self._sql.store_idempotency_key(
+                connection,
+                user_id=job.user_id,
+                key=idempotency_key,
+                body_hash=hashlib.sha256(body).digest(),
+                job_id=job.id,
+                hours=keep_hours,
+            )
+        return Accepted(job.id, replayed=False)
+
+    async def _make(self, connection: Connection | asyncpg.Pool, job: NewJob) -> None:
+        async for _ in self._sql.accept(connection, rows=[job.to_row()]):
+            pass
 
     async def accepted_before(self, user_id: UUID, key: str, body: bytes) -> UUID | None:
         """The job that an earlier request with this key made. Raises `IdempotencyConflict` for another body."""

@@ -63,7 +63,12 @@ async def _migrate(connection: asyncpg.Connection) -> list[str]:
              number int PRIMARY KEY, name text NOT NULL, checksum text NOT NULL,
              applied_at timestamptz NOT NULL DEFAULT now())"""
     )
+    # the owner is not bound by it; roles that may read a whole schema by default, as on Supabase, are
+    await connection.execute("ALTER TABLE schema_migrations ENABLE ROW LEVEL SECURITY")
     applied = await _applied(connection)
+    unknown = sorted(set(applied) - {migration.number for migration in migrations()})
+    if unknown:
+        raise MigrationError(f"the database has migrations that this version does not know: {unknown}")
     fresh = []
     for migration in migrations():
         if migration.number in applied:
@@ -83,9 +88,6 @@ async def _migrate(connection: asyncpg.Connection) -> list[str]:
                 migration.checksum,
             )
         fresh.append(migration.name)
-    unknown = sorted(set(applied) - {migration.number for migration in migrations()})
-    if unknown:
-        raise MigrationError(f"the database has migrations that this version does not know: {unknown}")
     return fresh
 
 

@@ -50,7 +50,6 @@ class Notifier:
 
     async def _flush(self) -> None:
         while self._waiting:
-            await asyncio.sleep(DEBOUNCE_SECONDS)
             batch, self._waiting = list(self._waiting), set()
             try:
                 await self._pool.execute(
@@ -60,6 +59,8 @@ class Notifier:
                 )
             except (*CONNECTION_FAULTS, asyncpg.PostgresError) as error:
                 log.warning("notify_failed", error=type(error).__name__, count=len(batch))
+            # the first goes out at once, so that an idle system is quick; what follows closely is sent together
+            await asyncio.sleep(DEBOUNCE_SECONDS)
 
 
 class Listener:
@@ -88,9 +89,10 @@ class Listener:
         while True:
             try:
                 await self._listen()
-                delay = 0.1
             except (*CONNECTION_FAULTS, asyncpg.PostgresError) as error:
                 log.warning("listen_lost", channel=self._channel, error=type(error).__name__)
+            if self.connected.is_set():  # it was there: this is a new fault, and not the last one going on
+                delay = 0.1
             self.connected.clear()
             await asyncio.sleep(delay)
             delay = min(delay * 2, 5.0)
@@ -100,10 +102,16 @@ class Listener:
         connection = await asyncpg.connect(self._url, timeout=10, server_settings=settings)
         try:
             await connection.add_listener(self._channel, lambda _c, _pid, _ch, payload: self._heard(str(payload)))
+            lost = asyncio.Event()
+            connection.add_termination_listener(lambda _connection: lost.set())
             self.connected.set()
             self._heard("")
-            while True:  # a half-open connection never tells; a round trip does
-                await asyncio.sleep(PROBE_SECONDS)
-                await connection.execute("SELECT 1", timeout=10)
+            while not lost.is_set():
+                try:
+                    async with asyncio.timeout(PROBE_SECONDS):
+                        await lost.wait()
+                except TimeoutError:  # a half-open connection never tells that it is lost; a round trip does
+                    await connection.execute("SELECT 1", timeout=10)
+            raise ConnectionResetError("the server closed the connection")
         finally:
             await connection.close(timeout=2)

@@ -31,10 +31,19 @@ CONNECTION_FAULTS = (
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # what a connection that is cut in the middle of an answer may end in
     ConnectionError,
     OSError,
     TimeoutError,
 )
+
+# whatever a database may answer to a statement that is right; for loops that must outlive it
+DATABASE_FAULTS = (*CONNECTION_FAULTS, asyncpg.PostgresError)
+
+# A connection keeps its plans, and makes many of them while a new database is empty: then the cheapest way to find a
+# row is to read the whole table, and it would go on doing so while the table grows. All our statements find their rows
+# by an index, so the planner is told to.
+PLANNER = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off", "jit": "off"}
 
 
 @cache
@@ -55,6 +64,7 @@ async def open_pool(
         "statement_timeout": "30s",
         "timezone": "UTC",
         "search_path": "public",
+        **PLANNER,
     }
     if role is not None:
         settings["role"] = role

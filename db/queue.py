@@ -5,7 +5,7 @@ nothing and says so, which is how a replica learns that it lost its lease.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Self
@@ -97,6 +97,10 @@ class Settlement:
     assets: Sequence[NewAsset] = ()
     callback_assets: Sequence[Mapping[str, Any]] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_row(self) -> dict[str, Any]:
+        """The values as the `settle` statement names them."""
+        return vars(self) | {"assets": [vars(asset) for asset in self.assets]}
 
 
 @dataclass(frozen=True)
@@ -195,12 +199,21 @@ class Queue:
 
     async def settle(self, settlements: Sequence[Settlement], connection: Connection | None = None) -> list[Settled]:
         """End jobs, each in full or not at all: state, assets, event and callback in one statement."""
-        rows = self._sql.settle(connection or self._pool, rows=[asdict(s) for s in settlements])
-        return [Settled(r["job_id"], Status(r["status"]), r["calls_back"]) async for r in rows]
+        return [ended for ended in await self.settle_each(settlements, connection) if ended is not None]
+
+    async def settle_each(
+        self, settlements: Sequence[Settlement], connection: Connection | None = None
+    ) -> list[Settled | None]:
+        """The same, with an answer for each in their order: None where nothing ended."""
+        answer: list[Settled | None] = [None] * len(settlements)
+        rows = [s.to_row() | {"n": n} for n, s in enumerate(settlements)]
+        async for row in self._sql.settle(connection or self._pool, rows=rows):
+            answer[row["n"]] = Settled(row["job_id"], Status(row["status"]), row["calls_back"])
+        return answer
 
     async def requeue(self, requeues: Sequence[Requeue]) -> dict[UUID, str]:
         """Put running jobs back; the answer maps those that moved to their queue."""
-        rows = self._sql.requeue(self._pool, rows=[asdict(r) for r in requeues])
+        rows = self._sql.requeue(self._pool, rows=[vars(r) | {"n": n} for n, r in enumerate(requeues)])
         return {row["job_id"]: row["queue"] async for row in rows}
 
     async def cancel(self, job_id: UUID) -> str:

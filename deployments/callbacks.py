@@ -5,23 +5,20 @@ number of deliverers may run and any of them may die.
 """
 
 import asyncio
-import base64
 import contextlib
 import email.utils
-import hashlib
-import hmac
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from uuid import UUID
 
 import structlog
-from standardwebhooks import Webhook
 
 from db.callbacks import Attempt, Callbacks, Delivery
-from db.pool import CONNECTION_FAULTS
+from db.pool import DATABASE_FAULTS
 from deployments.egress import Egress, EgressFailed, EgressRefused, Posted
+from deployments.signatures import CallbackSecrets
 
 log = structlog.get_logger()
 
@@ -29,43 +26,16 @@ SCHEDULE_SECONDS = (0.0, 5.0, 300.0, 1800.0, 7200.0, 18_000.0, 36_000.0, 50_400.
 """What passes before each try: ten tries in about three days, then the callback is dead."""
 
 JITTER = 0.2
-SECRET_OVERLAP_SECONDS = 24 * 3600.0
 LEASE_MARGIN_SECONDS = 15.0
 
 
-class CallbackSecrets:
-    """The signing keys of all users, derived from the operator's one: none is stored.
+@dataclass(frozen=True)
+class Sent:
+    """What one try came to: `delivered`, `failed` or `dead`, and what the receiver asks for by Retry-After."""
 
-    Another key for a user is another version of it; another master changes all of them at once.
-    """
-
-    def __init__(self, master: bytes) -> None:
-        """Raises ValueError for a master of less than 32 bytes."""
-        if len(master) < 32:
-            raise ValueError("the master secret of callbacks must have at least 32 bytes")
-        # HKDF, RFC 5869: extract once, expand per key to one block
-        self._key = hmac.new(b"ourvidz-serve callback secrets", master, hashlib.sha256).digest()
-
-    def secret(self, user_id: UUID, secret_version: int) -> str:
-        """The key in the form that receivers configure: `whsec_` and 32 bytes in base64."""
-        info = user_id.bytes + secret_version.to_bytes(8, "big")
-        key = hmac.new(self._key, info + b"\x01", hashlib.sha256).digest()
-        return "whsec_" + base64.b64encode(key).decode("ascii")
-
-    def headers(self, delivery: Delivery, at: datetime) -> dict[str, str]:
-        """The signed headers of a try at `at` (UTC); for a day after a rotation the previous key signs as well."""
-        versions = [delivery.secret_version]
-        age = delivery.secret_age_seconds
-        if age is not None and age < SECRET_OVERLAP_SECONDS and delivery.secret_version > 1:
-            versions.append(delivery.secret_version - 1)
-        body = delivery.body.decode("utf-8")
-        signatures = [Webhook(self.secret(delivery.user_id, number)).sign(delivery.id, at, body) for number in versions]
-        return {
-            "content-type": "application/json",
-            "webhook-id": delivery.id,
-            "webhook-timestamp": str(int(at.timestamp())),
-            "webhook-signature": " ".join(signatures),
-        }
+    outcome: str
+    attempt: Attempt
+    retry_after_seconds: float | None = None
 
 
 class Deliverer:
@@ -147,7 +117,7 @@ class Deliverer:
         lease_seconds = self._timeout_seconds + LEASE_MARGIN_SECONDS
         try:
             due = await self._callbacks.claim_due(free, lease_seconds, self._per_host, self._per_user)
-        except CONNECTION_FAULTS as fault:
+        except DATABASE_FAULTS as fault:
             log.warning("callbacks_not_claimed", error=type(fault).__name__)
             return False
         for delivery in due:
@@ -163,7 +133,7 @@ class Deliverer:
     async def _guarded(self, delivery: Delivery) -> None:
         try:
             await self.deliver_one(delivery)
-        except CONNECTION_FAULTS as fault:
+        except DATABASE_FAULTS as fault:
             # the lease runs out and the receiver gets it again
             log.warning("callback_result_not_written", callback_id=delivery.id, error=type(fault).__name__)
         except Exception:
@@ -176,31 +146,25 @@ class Deliverer:
         Returns `delivered`, `failed` (due again), `dead`, or `lost` where the lease was no longer ours. Only 2xx is
         success and a redirect is none; 410 and a refused URL are final.
         """
+        if delivery.withdrawn is not None:
+            return await self._record("dead", delivery, Attempt(error=delivery.withdrawn), None)
         if delivery.attempts > len(self._schedule):
             # claimed as often as it may be tried, and no deliverer came to write down what happened
             return await self._record("dead", delivery, Attempt(error="abandoned"), None)
         started = time.perf_counter()
-        retry_after: float | None = None
-        try:
-            posted = await self._egress.post(
-                delivery.url,
-                delivery.body,
-                self._secrets.headers(delivery, datetime.now(UTC)),
-                self._timeout_seconds,
-                self._max_response_bytes,
-            )
-        except EgressRefused as refusal:
-            outcome, attempt = "dead", Attempt(error=refusal.reason, elapsed_ms=_since(started))
-        except EgressFailed as failure:
-            outcome, attempt = "failed", Attempt(error=failure.reason, elapsed_ms=_since(started))
-        else:
-            outcome, attempt = _judge(posted)
-            if posted.status in (429, 503):
-                retry_after = retry_after_seconds(posted.headers.get("retry-after", ""), datetime.now(UTC))
+        sent = await send(
+            self._egress,
+            delivery.url,
+            delivery.body,
+            self._secrets.headers(delivery, datetime.now(UTC)),
+            self._timeout_seconds,
+            self._max_response_bytes,
+        )
+        outcome = sent.outcome
         if outcome == "failed" and delivery.attempts == len(self._schedule):
             outcome = "dead"
         self._observe(outcome, time.perf_counter() - started)
-        return await self._record(outcome, delivery, attempt, retry_after)
+        return await self._record(outcome, delivery, sent.attempt, sent.retry_after_seconds)
 
     async def _record(self, outcome: str, delivery: Delivery, attempt: Attempt, retry_after: float | None) -> str:
         if outcome == "delivered":
@@ -215,6 +179,7 @@ class Deliverer:
             "callback_tried",
             callback_id=delivery.id,
             job_id=str(delivery.job_id),
+            endpoint_id=None if delivery.endpoint_id is None else str(delivery.endpoint_id),
             attempt=delivery.attempts,
             outcome=outcome if ours else "lost",
             status=attempt.status,
@@ -222,6 +187,29 @@ class Deliverer:
             elapsed_ms=attempt.elapsed_ms,
         )
         return outcome if ours else "lost"
+
+
+async def send(
+    egress: Egress,
+    url: str,
+    body: bytes,
+    headers: Mapping[str, str],
+    timeout_seconds: float,
+    max_response_bytes: int,
+) -> Sent:
+    """Post once and judge what came back. A refused URL is an outcome like any other: nothing is raised for it."""
+    started = time.perf_counter()
+    try:
+        posted = await egress.post(url, body, headers, timeout_seconds, max_response_bytes)
+    except EgressRefused as refusal:
+        return Sent("dead", Attempt(error=refusal.reason, elapsed_ms=_since(started)))
+    except EgressFailed as failure:
+        return Sent("failed", Attempt(error=failure.reason, elapsed_ms=_since(started)))
+    outcome, attempt = _judge(posted)
+    retry_after: float | None = None
+    if posted.status in (429, 503):
+        retry_after = retry_after_seconds(posted.headers.get("retry-after", ""), datetime.now(UTC))
+    return Sent(outcome, attempt, retry_after)
 
 
 def retry_after_seconds(value: str, now: datetime) -> float | None:

@@ -18,7 +18,7 @@ import asyncpg
 import structlog
 
 from db.jobs import Status
-from db.pool import CONNECTION_FAULTS
+from db.pool import CONNECTION_FAULTS, DATABASE_FAULTS
 from db.queue import Claim, Queue, Renewal, Requeue, Settlement
 
 log = structlog.get_logger()
@@ -28,9 +28,9 @@ log = structlog.get_logger()
 PHASE_ALLOWANCE = {"waiting": 3600.0, "encode": 300.0, "denoise": 300.0, "decode": 600.0, "encode_media": 300.0}
 DEFAULT_ALLOWANCE = 300.0
 STOP_ALLOWANCE = 120.0  # for a step or a decode that can't be interrupted, after the lease is lost
+REFUSED_ALLOWANCE = 60.0  # of claims that Postgres answers with an error, before the replica counts as ill
 HAND_BACK_SECONDS = 3.0  # for a draining job to stop at its next step, before it is handed back regardless
 PROGRESS_SECONDS = 0.5  # progress goes out at most twice a second
-DATABASE_FAULTS = (*CONNECTION_FAULTS, asyncpg.PostgresError)
 
 
 class StopReason(StrEnum):
@@ -115,13 +115,17 @@ class ClaimLoop:
         self._tasks: dict[asyncio.Task[None], Held] = {}
         self._loops: list[asyncio.Task[None]] = []
         self._died: str | None = None
+        self._refused_since: float | None = None
 
     @property
     def fault(self) -> str | None:
-        """What is wrong beyond repair: a loop of ours has died, or work does not stop although its lease is lost."""
+        """What is wrong beyond repair: a loop of ours has died, work does not stop although its
+        lease is lost, or Postgres refuses our claims."""
         now = time.monotonic()
         if any(h.lost_at is not None and now - h.lost_at > STOP_ALLOWANCE for h in self._tasks.values()):
             return "the engine does not let go of a job that is lost"
+        if self._refused_since is not None and now - self._refused_since > REFUSED_ALLOWANCE:
+            return "Postgres has refused every claim for a while"
         return self._died
 
     @property
@@ -184,8 +188,12 @@ class ClaimLoop:
                 started = time.monotonic()
                 try:
                     claims = await self._queue.claim(self._name, self._worker, free, self._lease)
-                except DATABASE_FAULTS as error:
+                    self._refused_since = None
+                except CONNECTION_FAULTS as error:
                     log.warning("claim_failed", queue=self._name, error=type(error).__name__)
+                except asyncpg.PostgresError as error:  # Postgres answers, and says no
+                    log.error("claim_refused", queue=self._name, error=type(error).__name__)
+                    self._refused_since = self._refused_since or started
                 for claim in claims:
                     self._begin(Held(claim, lease_ends=started + self._lease))
             if len(claims) == free and free > 0:

@@ -9,6 +9,7 @@ from uuid import UUID
 
 import structlog
 
+from db.finisher import Finisher
 from db.jobs import Jobs, Status
 from db.pool import CONNECTION_FAULTS
 from db.queue import Queue, Requeue, Settlement
@@ -17,19 +18,23 @@ from models.engine import GenerationError
 
 log = structlog.get_logger()
 
+# waits between the tries of a write whose outcome the connection did not tell; about a third of a lease
+UNCERTAIN_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
+
 
 class Endings:
     """Ends jobs for one worker. Every method says whether the end was written, by us and under our attempt."""
 
     def __init__(self, queue: Queue, jobs: Jobs, worker: UUID, lease_seconds: float) -> None:
         self._queue, self._jobs, self._worker, self._lease = queue, jobs, worker, lease_seconds
+        self._finisher = Finisher(queue)
 
     async def settle(self, held: Held, settlement: Settlement) -> bool:
         """Write the end of a job. False: the job is no longer ours, and nothing was changed."""
         held.settling = True
-        for wait in (0.2, 0.5, 1.0, 2.0, 5.0, None):
+        for wait in (*UNCERTAIN_SECONDS, None):
             try:
-                return bool(await self._queue.settle([settlement])) or await self._was_written(settlement)
+                return bool(await self._finisher.settle(settlement)) or await self._was_written(settlement)
             except CONNECTION_FAULTS as error:
                 if wait is None:
                     raise
@@ -47,10 +52,23 @@ class Endings:
             and record["worker"] == settlement.worker
         )
 
+    async def _was_moved(self, requeue: Requeue) -> bool:
+        """Whether an earlier try of ours was committed: then the job waits, and nobody has claimed it since."""
+        record = await self._jobs.read_bare(requeue.job_id)
+        return record is not None and record["status"] == Status.QUEUED and record["attempts"] == requeue.attempt
+
     async def requeue(self, held: Held, requeue: Requeue) -> bool:
         """Put a job back. False: it is no longer ours, or was asked to stop meanwhile (and has been ended so)."""
-        if await self._queue.requeue([requeue]):
-            return True
+        for wait in (*UNCERTAIN_SECONDS, None):
+            try:
+                if await self._queue.requeue([requeue]) or await self._was_moved(requeue):
+                    return True
+                break
+            except CONNECTION_FAULTS as error:
+                if wait is None:
+                    raise
+                log.warning("requeue_uncertain", job_id=str(requeue.job_id), error=type(error).__name__)
+                await asyncio.sleep(wait)
         # the one other reason that a row of ours does not move: it carries a cancel that we have not seen yet
         reason = await self._queue.cancel_reason(requeue.job_id, requeue.attempt)
         return reason is not None and await self.cancelled(held, reason)

@@ -15,7 +15,7 @@ import structlog
 
 from db.jobs import Jobs
 from db.notify import QUEUE_CHANNEL, Listener, Notifier
-from db.pool import WORKER_ROLE, open_pool
+from db.pool import CONNECTION_FAULTS, WORKER_ROLE, open_pool
 from db.prompts import Prompts
 from db.queue import Queue, Requeue
 from db.workers import Workers
@@ -247,7 +247,10 @@ class Enhancer:
             return self._counters[family]
 
     async def _move_on(self, held: Held, job_type: JobType, result: Enhancement) -> bool:
-        measured = await self._jobs.run_seconds(job_type.name)
+        try:
+            measured = await self._jobs.run_seconds(job_type.name)
+        except CONNECTION_FAULTS:
+            measured = None  # a guess will do for the fair share; the work that was done must not be lost for it
         expansion = None
         if result.original_prompt:
             expansion = round(100 * len(result.enhanced_prompt) / len(result.original_prompt), 2)

@@ -15,13 +15,14 @@ from db.callbacks import Callbacks
 from db.notify import QUEUE_CHANNEL, Listener, Notifier
 from db.pool import WORKER_ROLE, open_pool
 from db.queue import Queue
-from deployments.callbacks import CallbackSecrets, Deliverer
+from deployments.callbacks import Deliverer
 from deployments.egress import Egress
 from deployments.enhancer import Enhancer, EnhanceRequest
 from deployments.logs import configure_logs
 from deployments.metrics import Metrics
 from deployments.replica import Replica
 from deployments.settings import Settings
+from deployments.signatures import CallbackSecrets
 from deployments.sweep import Sweep
 from deployments.upkeep import Upkeep
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from db import embedded
@@ -39,7 +39,9 @@ def default_state_dir() -> Path:
 class Settings(BaseSettings):
     """What an operator can set. Durations are in seconds, sizes in bytes."""
 
-    model_config = SettingsConfigDict(env_prefix="OURVIDZ_", env_file=None, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="OURVIDZ_", env_file=None, env_ignore_empty=True, extra="forbid", frozen=True
+    )
 
     profile: str = Field("laptop", description="Name of a profile in configs/profiles, or a path to one.")
     state_dir: Path = Field(
@@ -116,11 +118,19 @@ class Settings(BaseSettings):
             raise ValueError("must begin with http:// or https://")
         return value.rstrip("/")
 
+    @model_validator(mode="after")
+    def _lease_outlasts_renewals(self) -> Self:
+        if 2 * self.renew_seconds > self.lease_seconds:
+            raise ValueError(
+                "renew_seconds may be at most half of lease_seconds, so that one lost renewal costs no job"
+            )
+        return self
+
     @classmethod
     def load(cls, args: dict[str, Any] | None = None) -> Self:
         """The settings of this process: `args` of a Serve config, overruled by the environment."""
-        given = {name: value for name, value in (args or {}).items() if f"OURVIDZ_{name.upper()}" not in os.environ}
-        if os.environ.get("DATABASE_URL") and "OURVIDZ_DATABASE_URL" not in os.environ:
+        given = {name: value for name, value in (args or {}).items() if not os.environ.get(f"OURVIDZ_{name.upper()}")}
+        if os.environ.get("DATABASE_URL") and not os.environ.get("OURVIDZ_DATABASE_URL"):
             given["database_url"] = os.environ["DATABASE_URL"]
         return cls(**given)
 

@@ -118,7 +118,7 @@ class Storing:
         """Delete what this attempt stored, because nothing will speak of it. Best effort; a sweep finds the rest."""
         prefix = attempt_prefix(claim.job["user_id"], claim.job_id, claim.attempt)
         try:
-            keys = [info.key async for info in self._blobs.list(BUCKET, prefix)]
+            keys = [info.key async for info in self._blobs.list(BUCKET, prefix.removesuffix("/"))]
             await self._blobs.delete(BUCKET, keys)
         except StorageUnavailable:
             log.warning("discard_failed", job_id=str(claim.job_id), attempt=claim.attempt)

@@ -11,8 +11,9 @@ import structlog
 
 from db.jobs import Status
 from db.notify import Notifier
+from db.pool import DATABASE_FAULTS
 from db.queue import CancelReason, Queue, Requeue, Settlement
-from deployments.claims import DATABASE_FAULTS, backoff
+from deployments.claims import backoff
 
 log = structlog.get_logger()
 

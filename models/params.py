@@ -154,6 +154,20 @@ def resolve_params(job_type: JobType, given: GivenParams, defaults: FamilyDefaul
     return _Resolution(job_type, given, defaults).run()
 
 
+def clean_prompt(field: str, text: object) -> str:
+    """The text of a required prompt with single spaces. Raises `InvalidParams`, naming `field`.
+
+    Refused: what is no string, control characters and surrogates, more than `MAX_PROMPT_CHARACTERS`, and text that
+    shows nothing, such as only spaces or zero-width characters.
+    """
+    if not isinstance(text, str):
+        raise InvalidParams([FieldError(field, "must be a string", "type")])
+    cleaned = _cleaned(field, text)
+    if not cleaned:
+        raise InvalidParams([FieldError(field, "is required", "missing")])
+    return cleaned
+
+
 def nearest_length(frames: int) -> int:
     """The nearest 4n+1 number of frames; ties go down."""
     below = (frames - 1) // 4 * 4 + 1
@@ -212,14 +226,11 @@ class _Resolution:
         return value
 
     def _text(self, field: str, text: str) -> str:
-        cleaned = " ".join(text.split())
-        if any(unicodedata.category(character) in ("Cc", "Cs") for character in cleaned):
-            self._error(field, "characters", "contains control characters")
-        elif len(cleaned) > MAX_PROMPT_CHARACTERS:
-            self._error(field, "length", f"may have at most {MAX_PROMPT_CHARACTERS} characters")
-        else:
-            return cleaned
-        return ""
+        try:
+            return _cleaned(field, text)
+        except InvalidParams as error:
+            self.errors += error.errors
+            return ""
 
     def _prompt(self) -> str:
         errors_before = len(self.errors)
@@ -320,6 +331,19 @@ class _Resolution:
         if wanted and not FAMILIES[self.job_type.family].takes_compel:
             self._error("compel_enabled", "unsupported", f"{self.job_type.name} knows no prompt weights")
         return wanted
+
+
+def _cleaned(field: str, text: str) -> str:
+    """The text with single spaces, "" where it shows nothing. Raises `InvalidParams`."""
+    cleaned = " ".join(text.split())
+    categories = {unicodedata.category(character) for character in cleaned}
+    if categories & {"Cc", "Cs"}:
+        raise InvalidParams([FieldError(field, "contains control characters", "characters")])
+    if len(cleaned) > MAX_PROMPT_CHARACTERS:
+        raise InvalidParams([FieldError(field, f"may have at most {MAX_PROMPT_CHARACTERS} characters", "length")])
+    # Format characters, separators and marks alone draw nothing on a page.
+    shown = any(category != "Cf" and category[0] not in "ZM" for category in categories)
+    return cleaned if shown else ""
 
 
 def _field_error(detail: dict[str, Any]) -> FieldError:

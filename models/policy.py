@@ -147,7 +147,7 @@ def _digits_as_letters(text: str) -> tuple[str, str]:
 
 def _joined(singles: re.Match[str]) -> str:
     """Single letters as one word, with and without a letter at either end that may be an article; then the terms that
-    stand in it, since the borders of several words spelled out in a row are gone. A short run is one word ("grapes")."""
+    stand in it, since the borders of several words spelled out in a row are gone. A short run is one word."""
     word = singles.group().replace(" ", "")
     inside = (match[1] for match in _SPELLED_OUT.finditer(word)) if len(word) >= 8 else ()
     return " ".join((word, word[1:], word[:-1], word[1:-1], *inside))

@@ -23,7 +23,7 @@ from deployments.serving import (
 from deployments.settings import GENERATED, Settings
 from models.catalog import Family
 from serve_app import events
-from serve_app.api import enhancement, files, functions, health, jobs, keys, operations, problems, providers
+from serve_app.api import endpoints, enhancement, files, functions, health, jobs, keys, operations, problems, providers
 from serve_app.api.limits import BodyLimit
 from serve_app.api.wire import CallbackBody
 from serve_app.bootstrap import prepare
@@ -62,7 +62,7 @@ def api(settings: Settings, enhancer: Any = None) -> FastAPI:
         separate_input_output_schemas=False,
     )
     problems.install(app)
-    for module in (jobs, keys, files, operations, functions, enhancement, providers, health):
+    for module in (jobs, keys, endpoints, files, operations, functions, enhancement, providers, health):
         app.include_router(module.router, responses=problems.DOCUMENTED)
     app.webhooks.include_router(callbacks)
     _document_problems(app)
@@ -71,7 +71,7 @@ def api(settings: Settings, enhancer: Any = None) -> FastAPI:
         CORSMiddleware,
         allow_origins=["*"],
         allow_headers=["authorization", "x-client-info", "apikey", "content-type", "idempotency-key"],
-        allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
+        allow_methods=["GET", "POST", "PATCH", "DELETE", "OPTIONS"],
     )
     return app
 

@@ -295,9 +295,10 @@ class Client:
         """End a key at once."""
         return self._parse(Key, await self._send("DELETE", f"/v1/keys/{key_id}"))
 
-    async def call(self, method: str, path: str) -> Any:
-        """The JSON answer of an operation that has no method of its own here."""
-        return (await self._send(method, path)).json()
+    async def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The JSON answer of an operation that has no method of its own here; None when it answers nothing."""
+        answer = await self._send(method, path, json=body)
+        return answer.json() if answer.content else None
 
     async def _send(
         self,

@@ -13,7 +13,7 @@ from uuid import uuid4
 from db.blobs import BlobError, BlobStore, UrlSigner
 from deployments.addresses import is_never_allowed, literal_address
 from deployments.destinations import AllowedHost
-from deployments.settings import SECRET_FIELDS, Settings, SettingsError
+from deployments.settings import GENERATED, Settings, SettingsError
 from serve_app.database_checks import check_postgres
 from serve_app.findings import Finding, Level, fail, ok, warn
 from serve_app.machine_checks import (
@@ -56,7 +56,7 @@ def healthy(findings: list[Finding]) -> bool:
 def check_secrets(settings: Settings) -> Iterator[Finding]:
     """The secrets are set, long, unlike each other, and nobody's example."""
     values: dict[bytes, str] = {}
-    for name in sorted(SECRET_FIELDS - {"database_url"}):
+    for name in sorted(GENERATED):
         variable = f"OURVIDZ_{name.upper()}"
         advice = f"Set {variable} to 32 or more random characters, for example from: openssl rand -base64 32"
         if getattr(settings, name) is None and settings.loaded_profile.laptop:

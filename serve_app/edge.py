@@ -11,15 +11,16 @@ import asyncpg
 from db.access import Access
 from db.blobs import BlobStore, UrlSigner
 from db.callbacks import Callbacks
+from db.endpoints import Endpoints
 from db.jobs import Jobs
 from db.notify import Notifier
 from db.pool import open_pool
 from db.prompts import Prompts
 from db.queue import Queue
 from db.workers import Workers
-from deployments.callbacks import CallbackSecrets
 from deployments.egress import Egress
 from deployments.settings import Settings
+from deployments.signatures import CallbackSecrets
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Edge:
     egress: Egress
     notifier: Notifier
     callbacks: Callbacks
+    endpoints: Endpoints
     callback_secrets: CallbackSecrets
     enhancer: Any = None
 
@@ -65,6 +67,7 @@ async def open_edge(settings: Settings, enhancer: Any = None) -> AsyncIterator[E
             egress=Egress(settings.egress_policy()),
             notifier=notifier,
             callbacks=Callbacks(pool),
+            endpoints=Endpoints(pool),
             callback_secrets=CallbackSecrets(settings.secret("callback_secret")),
             enhancer=enhancer,
         )

@@ -4,7 +4,7 @@ import asyncio
 import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -12,6 +12,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
+import pytest_asyncio
 
 from db import embedded
 from db.access import Access
@@ -49,7 +50,9 @@ def postgres_url() -> Iterator[str]:
         yield given
         return
     with state_folder() as folder:
-        yield embedded.ensure_running(folder / "postgres")
+        # these databases live for a test each; that the real ones survive a crash is tested with the real settings
+        fast = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+        yield embedded.ensure_running(folder / "postgres", options=fast)
 
 
 @pytest.fixture(scope="session")
@@ -83,9 +86,9 @@ class TestDatabase:
         return await Access(self.pool).ensure_user(name, role)
 
 
-@pytest.fixture
-async def database(postgres_url: str, template_database: str) -> AsyncIterator[TestDatabase]:
-    """A fresh, migrated database, dropped after the test."""
+@asynccontextmanager
+async def fresh_database(postgres_url: str, template_database: str) -> AsyncIterator[TestDatabase]:
+    """A migrated database with nothing in it, dropped at the end."""
     name = f"test_{uuid4().hex[:12]}"
     server = await asyncpg.connect(with_database(postgres_url, "postgres"))
     await server.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template_database}"')
@@ -99,3 +102,17 @@ async def database(postgres_url: str, template_database: str) -> AsyncIterator[T
         await pool.close()
         await server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
         await server.close()
+
+
+@pytest.fixture
+async def database(postgres_url: str, template_database: str) -> AsyncIterator[TestDatabase]:
+    """A fresh, migrated database, dropped after the test."""
+    async with fresh_database(postgres_url, template_database) as fresh:
+        yield fresh
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_database(postgres_url: str, template_database: str) -> AsyncIterator[TestDatabase]:
+    """One database for the tests of a module that all leave it as it was. They need the module's event loop."""
+    async with fresh_database(postgres_url, template_database) as fresh:
+        yield fresh

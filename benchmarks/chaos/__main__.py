@@ -5,6 +5,7 @@ import asyncio
 import json
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ from benchmarks.chaos.record import BUCKET, Record, open_things, read_record
 JOBS, SHORT_JOBS = 500, 15
 SHORT_FAULTS = ("kill-replica", "pause-replica")
 QUIET_SECONDS = 300.0
+SETTLE_SECONDS = 3.0
 SHOWN = 12
 
 
@@ -66,11 +68,12 @@ def run_fault(fault: Fault, cluster: Cluster, receiver: Receiver, jobs: int, see
     load.start()
     try:
         fault.strike(scene)
-    except (TimeoutError, NotReady) as error:
+    except (TimeoutError, NotReady, subprocess.SubprocessError) as error:
         result.violations.append(f"the cluster did not recover: {error}")
     finally:
         load.finish()
     _wait_quiet(cluster, fault)
+    until(lambda: not _record(cluster, fault).orphans(), SETTLE_SECONDS)  # a loser deletes its files after its row
     record = asyncio.run(read_record(cluster, fault.name, receiver.kept()))
     result.accepted = len(load.accepted)
     result.answers, result.strikes = load.answers, scene.strikes
@@ -90,12 +93,15 @@ def _wait_quiet(cluster: Cluster, fault: Fault) -> None:
     until(quiet, QUIET_SECONDS, every=0.5)
 
 
+def _record(cluster: Cluster, fault: Fault) -> Record:
+    return asyncio.run(read_record(cluster, fault.name, []))
+
+
 def _left_orphans(cluster: Cluster, results: list[Result]) -> list[str]:
     """Files that nothing speaks of, once the grace time and a sweep have passed."""
 
     def orphans() -> list[str]:
-        records = [asyncio.run(read_record(cluster, result.fault.name, [])) for result in results]
-        return sorted(key for record in records for key in record.orphans())
+        return sorted(key for result in results for key in _record(cluster, result.fault).orphans())
 
     until(lambda: not orphans(), GRACE_SECONDS + 3 * SWEEP_SECONDS, every=1)
     return [f"orphan past the grace time: {BUCKET}/{key}" for key in orphans()]

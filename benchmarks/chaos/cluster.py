@@ -21,6 +21,7 @@ import yaml
 from db import embedded
 
 ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
 READY_SECONDS = 180.0
 LEASE_SECONDS = 6.0
 GRACE_SECONDS = 25.0  # of files that nothing speaks of
@@ -105,7 +106,7 @@ class Cluster:
                 )
             while self._process.poll() is None and time.monotonic() < end:
                 with contextlib.suppress(ValueError):
-                    announced = json.loads(out.read_text())
+                    announced, _ = json.JSONDecoder().raw_decode(out.read_text())  # Ray may print below it
                     self._dashboard = announced["dashboard"]
                     self._sessions.add(Path(announced["logs"]).parent)
                     return self.wait_ready(end - time.monotonic())
@@ -203,8 +204,6 @@ class Cluster:
     def redeploy(self, **options: dict[str, Any]) -> None:
         """Deploy the config again with a setting changed, so that every replica is replaced; `options` are actor
         options by deployment. Returns when Serve has taken it, before it is done."""
-        from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-
         self._deployed += 1
         config = json.loads(json.dumps(self.config))
         for application in config["applications"]:
@@ -212,17 +211,26 @@ class Cluster:
             for deployment in application["deployments"]:
                 if deployment["name"] in options:
                     deployment["ray_actor_options"] = options[deployment["name"]]
-        ServeSubmissionClient(self._dashboard).deploy_applications(config)
+        path = self._folder / "redeployed.yaml"
+        path.write_text(yaml.safe_dump(config))
+        command = [str(BIN / "serve"), "deploy", "--address", self._dashboard, str(path)]
+        subprocess.run(
+            command, cwd=self._code, env=self._ray_environment(), capture_output=True, timeout=60, check=True
+        )
+
+    def _ray_environment(self) -> dict[str, str]:
+        """For Ray's own commands, which else do not know that the cluster wants a token."""
+        return {"RAY_AUTH_MODE": "token"} | self.environment
 
     def start_second_node(self, resource: str) -> None:
         """A second raylet on this machine, with a resource of that name. Raises `NotReady`."""
         (raylet,) = [p for p in self.processes() if p.name() == "raylet"]
         (address,) = [a.partition("=")[2] for a in raylet.cmdline() if a.startswith("--gcs-address=")]
-        command = [str(Path(sys.executable).parent / "ray"), "start", f"--address={address}", "--num-cpus=1"]
+        command = [str(BIN / "ray"), "start", f"--address={address}", "--num-cpus=1"]
         command += ["--object-store-memory=100000000", f"--resources={json.dumps({resource: 1})}", "--block"]
         with (self._folder / "second.log").open("ab") as log:
             self._second = subprocess.Popen(
-                command, cwd=self._code, env=self.environment, stdout=log, stderr=log, start_new_session=True
+                command, cwd=self._code, env=self._ray_environment(), stdout=log, stderr=log, start_new_session=True
             )
         if not until(lambda: self.second_raylet() is not None, 30):
             raise NotReady("the second node did not start")

@@ -11,7 +11,10 @@ PACKAGES = ("serve_app", "deployments", "models", "db", "configs")
 MUTATIONS = {
     "no-fence": {
         "db/queries/queue.sql": (
-            ("q.attempt = g.attempt AND q.state = 'running' AND q.worker = :worker", "q.state = 'running'"),
+            (
+                "q.attempt = g.attempt AND q.state = 'running' AND q.worker = :worker",
+                "q.state = 'running' AND (q.worker = :worker OR true)",
+            ),
             ("q.state = 'running' AND q.attempt = g.attempt END", "q.state = 'running' END"),
             (
                 "q.state = 'running' AND q.attempt = g.attempt AND q.cancel IS NULL",

@@ -79,11 +79,12 @@ CREATE TABLE job_queue (
   job_id uuid PRIMARY KEY REFERENCES jobs ON DELETE CASCADE,
   user_id uuid NOT NULL,
   queue text NOT NULL,                        -- the model family that does the next stage
-  class smallint NOT NULL DEFAULT 1,          -- 1 interactive, 0 batch; higher first
+  class smallint NOT NULL DEFAULT 1 CHECK (class IN (0, 1)),  -- 1 interactive, 0 batch; higher first
   tag double precision NOT NULL,              -- start tag of fair queueing; lower first
   cost real NOT NULL CHECK (cost > 0),        -- predicted seconds of this stage
   state queue_state NOT NULL DEFAULT 'ready',
   run_at timestamptz NOT NULL DEFAULT now(),
+  claimed_at timestamptz,                     -- of the last claim: what a run has cost counts from here
   attempt int NOT NULL DEFAULT 0,             -- the fencing token: grows at every claim, never shrinks
   failures int NOT NULL DEFAULT 0,            -- failed runs and lost leases, against max_attempts
   max_attempts int NOT NULL DEFAULT 3,
@@ -112,37 +113,52 @@ CREATE INDEX job_queue_cancel ON job_queue (job_id) WHERE cancel IS NOT NULL;
 CREATE TABLE queues (
   name text PRIMARY KEY,
   paused boolean NOT NULL DEFAULT false,
-  clock double precision NOT NULL DEFAULT 0,  -- virtual time: the highest start tag that was claimed
+  -- virtual time of each class: the highest start tag that was claimed. One for both would let the class that goes
+  -- first carry the clock past the tags of the other, whose newcomers would then stand behind the whole backlog
+  clock double precision NOT NULL DEFAULT 0,
+  batch_clock double precision NOT NULL DEFAULT 0,
   updated_at timestamptz NOT NULL DEFAULT now()
 ) WITH (fillfactor = 50);
 
 CREATE TABLE fair_shares (
   queue text NOT NULL REFERENCES queues ON DELETE CASCADE,
   user_id uuid NOT NULL REFERENCES profiles ON DELETE CASCADE,
+  class smallint NOT NULL,
   weight real NOT NULL DEFAULT 1 CHECK (weight > 0),
   last_finish double precision NOT NULL DEFAULT 0,
-  PRIMARY KEY (queue, user_id)
+  PRIMARY KEY (queue, user_id, class)
 ) WITH (fillfactor = 50);
 
 -- Start-time fair queueing (Goyal, Vin, Cheng 1996): a job starts at max(clock, the user's last finish) and moves
--- that finish on by cost / weight. Creates the queue and the share when they are new.
-CREATE FUNCTION ourvidz.next_tag(queue_name text, owner uuid, predicted_cost real) RETURNS double precision
+-- that finish on by cost / weight. A job is charged so while it is ready or runs; one that waits for its time is not,
+-- and gets its tag when the time has come. Creates the queue and the share when they are new.
+-- Whoever takes several tags in one transaction takes them ordered by queue, user and class, or risks a deadlock.
+CREATE FUNCTION ourvidz.next_tag(queue_name text, owner uuid, job_class smallint, predicted_cost real)
+RETURNS double precision
 LANGUAGE plpgsql AS $$
 DECLARE
   now_v double precision;
   start_tag double precision;
 BEGIN
-  SELECT clock INTO now_v FROM queues WHERE name = queue_name;
+  SELECT CASE job_class WHEN 0 THEN batch_clock ELSE clock END INTO now_v FROM queues WHERE name = queue_name;
   IF NOT FOUND THEN
     INSERT INTO queues (name) VALUES (queue_name) ON CONFLICT DO NOTHING;
     now_v := 0;
   END IF;
-  INSERT INTO fair_shares AS f (queue, user_id, last_finish) VALUES (queue_name, owner, now_v + predicted_cost)
-  ON CONFLICT (queue, user_id)
+  INSERT INTO fair_shares AS f (queue, user_id, class, last_finish)
+  VALUES (queue_name, owner, job_class, now_v + predicted_cost)
+  ON CONFLICT (queue, user_id, class)
     DO UPDATE SET last_finish = greatest(f.last_finish, now_v) + predicted_cost / f.weight
   RETURNING last_finish - predicted_cost / weight INTO start_tag;
   RETURN start_tag;
 END $$;
+
+-- Correct what a user was charged: by what a run really took, or back by what will not run.
+CREATE FUNCTION ourvidz.charge(queue_name text, owner uuid, job_class smallint, seconds double precision) RETURNS void
+LANGUAGE sql AS $$
+  UPDATE fair_shares SET last_finish = last_finish + seconds / weight
+  WHERE queue = queue_name AND user_id = owner AND class = job_class
+$$;
 
 CREATE TABLE idempotency_keys (
   user_id uuid NOT NULL REFERENCES profiles ON DELETE CASCADE,

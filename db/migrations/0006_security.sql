@@ -20,8 +20,9 @@ $$;
 GRANT SELECT ON profiles, user_roles, jobs, job_events, workspace_assets, user_library, usage_logs TO authenticated;
 -- a user sees that a key exists and when it was used, never its hash
 GRANT SELECT (id, user_id, name, prefix, created_at, last_used_at, expires_at, revoked_at) ON api_keys TO authenticated;
-GRANT SELECT (id, job_id, user_id, seq, event_type, url, state, attempts, next_at, last_status, last_error, created_at,
-              delivered_at) ON callback_outbox TO authenticated;
+GRANT SELECT ON callback_endpoints TO authenticated;  -- their secrets are derived, and in no column
+GRANT SELECT (id, job_id, user_id, endpoint_id, seq, event_type, url, state, attempts, next_at, last_status, last_error,
+              created_at, delivered_at) ON callback_outbox TO authenticated;
 GRANT SELECT (job_id, user_id, queue, class, tag, state, run_at, attempt, failures, cancel, phase, step, steps)
   ON job_queue TO authenticated;
 
@@ -38,6 +39,7 @@ CREATE POLICY own_or_admin ON user_activity_log FOR SELECT TO authenticated
 CREATE POLICY own_or_admin ON api_keys FOR SELECT TO authenticated
   USING (user_id = (SELECT ourvidz.uid()) OR (SELECT has_role(ourvidz.uid(), 'admin')));
 CREATE POLICY own_or_staff ON callback_outbox FOR SELECT TO authenticated USING (user_id = (SELECT ourvidz.uid()) OR (SELECT ourvidz.reads_all()));
+CREATE POLICY own_or_staff ON callback_endpoints FOR SELECT TO authenticated USING (user_id = (SELECT ourvidz.uid()) OR (SELECT ourvidz.reads_all()));
 CREATE POLICY own_or_staff ON job_queue FOR SELECT TO authenticated USING (user_id = (SELECT ourvidz.uid()) OR (SELECT ourvidz.reads_all()));
 
 -- How many jobs, and how many predicted seconds, stand before a waiting job. It must see other users' rows to count
@@ -52,11 +54,16 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = public AS $$
       AND (o.class > me.class OR (o.class = me.class AND (o.tag, o.job_id) < (me.tag, me.job_id)))
     LIMIT 10000) before
   WHERE me.job_id = waiting AND me.state <> 'running'
-    AND (ourvidz.uid() IS NULL OR me.user_id = ourvidz.uid() OR ourvidz.reads_all())
+    -- no role was taken on: it is the owner who asks
+    AND (current_setting('role') = 'none' OR me.user_id = ourvidz.uid() OR ourvidz.reads_all())
 $$;
+REVOKE EXECUTE ON FUNCTION ourvidz.standing(uuid) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION ourvidz.standing(uuid) TO authenticated;
 
 -- Replicas, the deliverer and upkeep.
-GRANT SELECT ON profiles, prompt_templates, negative_prompts, system_config TO ourvidz_worker;
+GRANT SELECT ON prompt_templates, negative_prompts, system_config TO ourvidz_worker;
+-- what the deliverer derives a user's signing key from, and nothing personal
+GRANT SELECT (id, callback_secret_version, callback_secret_rotated_at) ON profiles TO ourvidz_worker;
 GRANT SELECT, UPDATE ON jobs, queues TO ourvidz_worker;
 GRANT SELECT, INSERT, UPDATE ON fair_shares, workers TO ourvidz_worker;
 GRANT INSERT ON queues TO ourvidz_worker;
@@ -65,13 +72,16 @@ GRANT SELECT, INSERT, DELETE ON job_events TO ourvidz_worker;
 GRANT SELECT, INSERT, DELETE ON workspace_assets TO ourvidz_worker;
 GRANT SELECT, INSERT, UPDATE ON callback_outbox TO ourvidz_worker;
 GRANT SELECT, INSERT, DELETE ON callback_attempts TO ourvidz_worker;
+GRANT SELECT, UPDATE (failures, failing_since, disabled_at, disabled_reason) ON callback_endpoints TO ourvidz_worker;
+GRANT INSERT ON user_activity_log TO ourvidz_worker;
 GRANT SELECT, DELETE ON idempotency_keys, workers TO ourvidz_worker;
 DO $$
 DECLARE t text;
 BEGIN
   FOREACH t IN ARRAY ARRAY['profiles', 'prompt_templates', 'negative_prompts', 'system_config', 'jobs', 'queues',
       'fair_shares', 'workers', 'job_queue', 'job_events', 'workspace_assets', 'callback_outbox', 'callback_attempts',
-      'idempotency_keys'] LOOP
+      'callback_endpoints', 'idempotency_keys'] LOOP
     EXECUTE format('CREATE POLICY worker ON %I TO ourvidz_worker USING (true) WITH CHECK (true)', t);
   END LOOP;
 END $$;
+CREATE POLICY worker ON user_activity_log FOR INSERT TO ourvidz_worker WITH CHECK (action = 'callback_endpoint.disabled');

@@ -14,7 +14,8 @@ ON CONFLICT (user_id, key) DO UPDATE
   SET body_hash = excluded.body_hash, job_id = excluded.job_id, expires_at = excluded.expires_at;
 
 -- name: accept(rows)
--- Take jobs in: the fact, its place in the queue, its first event and its charge, in one statement.
+-- Take jobs in: the fact, its place in the queue, its first event and its charge, in one statement. All read what was
+-- given, as joining what was made would cost the square of a large batch; the keys are checked when all is there.
 WITH given AS MATERIALIZED (
   SELECT * FROM jsonb_to_recordset(:rows::jsonb) AS g(
     id uuid, user_id uuid, job_type text, format text, quality text, model_type text, stage text, content_mode text,
@@ -31,22 +32,22 @@ WITH given AS MATERIALIZED (
          coalesce(callback_events, '{processing,completed,failed,cancelled}'), destination, traceparent,
          class, params -> 'compel_weights'
   FROM given
-  RETURNING *
+  RETURNING id
 ), queued AS (
   INSERT INTO job_queue (job_id, user_id, queue, class, tag, cost, state, run_at, max_attempts, start_deadline, deadline)
-  SELECT m.id, m.user_id, g.queue, g.class, ourvidz.next_tag(g.queue, m.user_id, g.cost), g.cost,
-         (CASE WHEN g.start_after_seconds > 0 THEN 'scheduled' ELSE 'ready' END)::queue_state,
-         now() + make_interval(secs => coalesce(g.start_after_seconds, 0)),
-         m.max_attempts, now() + make_interval(secs => g.start_deadline_seconds),
-         now() + make_interval(secs => g.deadline_seconds)
-  FROM made m JOIN given g USING (id)
+  SELECT id, user_id, queue, class,
+         CASE WHEN start_after_seconds > 0 THEN 0 ELSE ourvidz.next_tag(queue, user_id, class, cost) END, cost,
+         (CASE WHEN start_after_seconds > 0 THEN 'scheduled' ELSE 'ready' END)::queue_state,
+         now() + make_interval(secs => coalesce(start_after_seconds, 0)),
+         max_attempts, now() + make_interval(secs => start_deadline_seconds),
+         now() + make_interval(secs => deadline_seconds)
+  FROM (SELECT * FROM given ORDER BY queue, user_id, class, id) in_order
 ), noted AS (
   INSERT INTO job_events (job_id, user_id, attempt, kind, data)
-  SELECT m.id, m.user_id, 0, 'queued', jsonb_build_object('queue', g.queue, 'stage', m.stage)
-  FROM made m JOIN given g USING (id)
+  SELECT id, user_id, 0, 'queued', jsonb_build_object('queue', queue, 'stage', stage) FROM given
 ), charged AS (
   INSERT INTO usage_logs (user_id, action, credits_consumed, format, quality, job_id)
-  SELECT m.user_id, m.job_type, g.credits, m.format, m.quality, m.id FROM made m JOIN given g USING (id)
+  SELECT user_id, job_type, credits, format, quality, id FROM given
 )
 SELECT id FROM made;
 
@@ -103,7 +104,7 @@ WITH again AS (
   RETURNING *
 ), queued AS (
   INSERT INTO job_queue (job_id, user_id, queue, class, tag, cost, attempt, max_attempts)
-  SELECT id, user_id, :queue, class, ourvidz.next_tag(:queue, user_id, :cost), :cost, attempts, max_attempts FROM again
+  SELECT id, user_id, :queue, class, ourvidz.next_tag(:queue, user_id, class, :cost), :cost, attempts, max_attempts FROM again
 ), noted AS (
   INSERT INTO job_events (job_id, user_id, attempt, kind) SELECT id, user_id, attempts, 'retried' FROM again
 )

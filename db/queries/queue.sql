@@ -3,24 +3,26 @@
 WITH picked AS MATERIALIZED (
   SELECT job_id FROM job_queue
   WHERE queue = :queue AND state = 'ready'
-    AND (start_deadline IS NULL OR start_deadline > now()) AND (deadline IS NULL OR deadline > now())
+    AND (start_deadline IS NULL OR start_deadline > now() OR attempt > 0) AND (deadline IS NULL OR deadline > now())
     AND NOT EXISTS (SELECT FROM queues WHERE name = :queue AND paused)
   ORDER BY class DESC, tag, job_id
   LIMIT :slots::int FOR UPDATE SKIP LOCKED
 ), claimed AS (
   UPDATE job_queue q
   SET state = 'running', attempt = q.attempt + 1, worker = :worker, phase = 'claimed', step = NULL, steps = NULL,
-      lease_until = clock_timestamp() + make_interval(secs => :lease_seconds::float8)
+      claimed_at = clock_timestamp(), lease_until = clock_timestamp() + make_interval(secs => :lease_seconds::float8)
   -- an array, not a join: a prepared plan does not know the limit, and would join its guess by reading the whole table
   WHERE q.job_id = ANY (ARRAY(SELECT job_id FROM picked))
   RETURNING q.*
 ), clock AS (
-  UPDATE queues SET clock = top.tag FROM (SELECT max(tag) AS tag FROM claimed) top
-  WHERE name = :queue AND clock < top.tag
+  UPDATE queues SET clock = greatest(clock, top.tag), batch_clock = greatest(batch_clock, top.batch_tag)
+  FROM (SELECT max(tag) FILTER (WHERE class > 0) AS tag, max(tag) FILTER (WHERE class = 0) AS batch_tag FROM claimed) top
+  WHERE name = :queue AND (clock < top.tag OR batch_clock < top.batch_tag)
 ), started AS (
   UPDATE jobs j
   SET status = 'processing', attempts = c.attempt, event_seq = j.event_seq + 1, started_at = coalesce(j.started_at, now()),
-      queue_wait_ms = coalesce(j.queue_wait_ms, (extract(epoch FROM now() - j.created_at) * 1000)::bigint)
+      -- a claim may have begun before the acceptance of the job that it finds
+      queue_wait_ms = coalesce(j.queue_wait_ms, greatest(0, (extract(epoch FROM now() - j.created_at) * 1000)::bigint))
   FROM claimed c WHERE j.id = c.job_id
   RETURNING j AS job, c.attempt, c.failures, c.max_attempts, c.worker, c.class, c.tag
 ), noted AS (
@@ -28,7 +30,7 @@ WITH picked AS MATERIALIZED (
   SELECT (job).id, (job).user_id, attempt, 'started', jsonb_build_object('stage', (job).stage, 'worker', worker) FROM started
 ), called AS (
   -- told once: at the first start, which is the one whose start time is this transaction's
-  INSERT INTO callback_outbox (id, job_id, user_id, seq, event_type, terminal, url, body)
+  INSERT INTO callback_outbox (id, job_id, user_id, endpoint_id, seq, event_type, terminal, url, body)
   SELECT c.* FROM started s CROSS JOIN LATERAL ourvidz.callback_for(s.job, '[]', '{}') c WHERE (s.job).started_at = now()
 )
 SELECT to_jsonb(job) AS job, attempt, failures, max_attempts FROM started ORDER BY class DESC, tag, (job).id;
@@ -45,17 +47,25 @@ RETURNING q.job_id, q.cancel;
 
 -- name: settle(rows)
 -- End jobs. `attempt` is the fence: with it, only a running job under that very attempt ends; without it, only one
--- that is not running. `expired` ends it only if its lease has run out. What did not end is missing from the answer.
+-- that is not running. `expired` ends it only if its lease has run out. What did not end is missing from the answer,
+-- which names the rows by their `n`, as two of them may speak of one job.
 WITH given AS MATERIALIZED (
   SELECT * FROM jsonb_to_recordset(:rows::jsonb) AS g(
-    job_id uuid, attempt int, expired boolean, status text, error_code text, error_message text, retryable boolean,
+    n int, job_id uuid, attempt int, expired boolean, status text, error_code text, error_message text, retryable boolean,
     counts boolean, settings jsonb, generation_time_ms bigint, worker uuid, assets jsonb, callback_assets jsonb, facts jsonb)
 ), gone AS (
   DELETE FROM job_queue q USING given g
   WHERE q.job_id = g.job_id
     AND CASE WHEN g.attempt IS NULL THEN q.state <> 'running' ELSE q.state = 'running' AND q.attempt = g.attempt END
     AND (g.expired IS NOT TRUE OR q.lease_until < clock_timestamp())
-  RETURNING q.job_id, q.attempt, q.failures
+  RETURNING q.*, g.n
+), charged AS (
+  -- the user was charged what was predicted; in the order of the key, so that two finishers can't lock each other out
+  INSERT INTO fair_shares AS f (queue, user_id, class, last_finish)
+  SELECT queue, user_id, class, sum(CASE state WHEN 'running'
+    THEN greatest(0, extract(epoch FROM clock_timestamp() - claimed_at)::float8) - cost ELSE -cost END)
+  FROM gone WHERE state <> 'scheduled' GROUP BY queue, user_id, class ORDER BY queue, user_id, class
+  ON CONFLICT (queue, user_id, class) DO UPDATE SET last_finish = f.last_finish + excluded.last_finish / f.weight
 ), ended AS (
   UPDATE jobs j
   SET status = g.status, completed_at = now(), attempts = gone.attempt, event_seq = j.event_seq + 1,
@@ -63,9 +73,9 @@ WITH given AS MATERIALIZED (
       error_code = g.error_code, error_message = g.error_message, retryable = g.retryable,
       generation_settings = coalesce(g.settings, j.generation_settings), worker = coalesce(g.worker, j.worker),
       generation_time_ms = coalesce(g.generation_time_ms, j.generation_time_ms)
-  FROM gone JOIN given g USING (job_id)
+  FROM gone JOIN given g USING (n)
   WHERE j.id = gone.job_id
-  RETURNING j AS job, g.assets, g.callback_assets, g.facts
+  RETURNING j AS job, g.n, g.assets, g.callback_assets, g.facts
 ), stored AS (
   INSERT INTO workspace_assets (id, user_id, job_id, asset_index, attempt, asset_type, temp_storage_path, thumbnail_path,
                                 mime_type, file_size_bytes, width, height, frames, fps, duration_seconds, generation_seed,
@@ -86,17 +96,18 @@ WITH given AS MATERIALIZED (
   UPDATE callback_outbox o SET state = 'superseded' FROM ended e
   WHERE o.job_id = (e.job).id AND o.state = 'due' AND NOT o.terminal
 ), called AS (
-  INSERT INTO callback_outbox (id, job_id, user_id, seq, event_type, terminal, url, body)
+  INSERT INTO callback_outbox (id, job_id, user_id, endpoint_id, seq, event_type, terminal, url, body)
   SELECT c.* FROM ended e CROSS JOIN LATERAL ourvidz.callback_for(e.job, e.callback_assets, e.facts) c
+  RETURNING job_id
 )
-SELECT (job).id AS job_id, (job).status, (job).callback_url IS NOT NULL AS calls_back FROM ended;
+SELECT n, (job).id AS job_id, (job).status, EXISTS (SELECT FROM called WHERE job_id = (job).id) AS calls_back FROM ended;
 
 -- name: requeue(rows)
 -- Put running jobs back: to the next stage's queue, after a failure with its delay, or at once when a replica drains.
 -- The fence is the same as in settle; a job that was asked to stop is left for settle to end.
 WITH given AS MATERIALIZED (
   SELECT * FROM jsonb_to_recordset(:rows::jsonb) AS g(
-    job_id uuid, attempt int, expired boolean, counts boolean, delay_seconds double precision, error_code text,
+    n int, job_id uuid, attempt int, expired boolean, counts boolean, delay_seconds double precision, error_code text,
     error_message text, kind text, queue text, cost real, stage text, enhanced_prompt text, enhancement jsonb,
     enhancement_strategy text, enhancement_time_ms int, template_name text, expansion numeric)
 ), moved AS (
@@ -105,12 +116,18 @@ WITH given AS MATERIALIZED (
       run_at = now() + make_interval(secs => coalesce(g.delay_seconds, 0)),
       worker = NULL, lease_until = NULL, phase = NULL, step = NULL, steps = NULL,
       failures = q.failures + coalesce(g.counts, false)::int, queue = coalesce(g.queue, q.queue),
-      tag = CASE WHEN g.queue IS NULL THEN q.tag ELSE ourvidz.next_tag(g.queue, q.user_id, coalesce(g.cost, q.cost)) END,
+      tag = CASE WHEN g.delay_seconds > 0 THEN 0 WHEN g.queue IS NULL THEN q.tag
+                 ELSE ourvidz.next_tag(g.queue, q.user_id, q.class, coalesce(g.cost, q.cost)) END,
       cost = coalesce(g.cost, q.cost)
-  FROM given g
+  FROM given g JOIN job_queue before USING (job_id)
   WHERE q.job_id = g.job_id AND q.state = 'running' AND q.attempt = g.attempt AND q.cancel IS NULL
     AND (g.expired IS NOT TRUE OR q.lease_until < clock_timestamp())
-  RETURNING q.job_id, q.attempt, q.failures, q.queue
+  RETURNING q.*, g.n, before.queue AS left_queue, before.cost AS left_cost, g.queue IS NULL AND q.state = 'ready' AS stays
+), charged AS MATERIALIZED (
+  -- the run that ends is charged as it was; the prediction stays charged only if the job keeps its place
+  SELECT ourvidz.charge(left_queue, user_id, class, held - CASE WHEN stays THEN 0 ELSE left_cost END)
+  FROM (SELECT *, greatest(0, extract(epoch FROM clock_timestamp() - claimed_at)::float8) AS held
+        FROM moved ORDER BY left_queue, user_id, class) in_order
 ), waiting AS (
   UPDATE jobs j
   SET status = 'queued', event_seq = j.event_seq + 1, failures = m.failures, stage = coalesce(g.stage, j.stage),
@@ -119,7 +136,7 @@ WITH given AS MATERIALIZED (
       enhancement_time_ms = coalesce(g.enhancement_time_ms, j.enhancement_time_ms),
       template_name = coalesce(g.template_name, j.template_name),
       qwen_expansion_percentage = coalesce(g.expansion, j.qwen_expansion_percentage)
-  FROM moved m JOIN given g USING (job_id)
+  FROM moved m JOIN given g USING (n)
   WHERE j.id = m.job_id
   RETURNING j.id, j.user_id, m.attempt, m.queue, g.kind, g.error_code, g.error_message, g.delay_seconds, j.stage
 ), noted AS (
@@ -128,7 +145,7 @@ WITH given AS MATERIALIZED (
     'queue', queue, 'stage', stage, 'error_code', error_code, 'error_message', error_message, 'delay_seconds', delay_seconds))
   FROM waiting
 )
-SELECT id AS job_id, queue FROM waiting;
+SELECT id AS job_id, queue FROM waiting WHERE (SELECT count(*) FROM charged) > 0;
 
 -- name: flag_cancel(job_id, reason)^
 -- Ask the replica that runs a job to stop it. No row: the job is not running.
@@ -155,12 +172,16 @@ WHERE state = 'running' AND lease_until < clock_timestamp()
 ORDER BY lease_until LIMIT :page_size::int;
 
 -- name: promote(page_size)
--- Delayed jobs whose time has come.
+-- Delayed jobs whose time has come. They get their place now: one from when they came would be before everybody's.
 WITH due AS MATERIALIZED (
-  SELECT job_id FROM job_queue WHERE state = 'scheduled' AND run_at <= now()
+  SELECT job_id, queue, user_id, class, cost FROM job_queue WHERE state = 'scheduled' AND run_at <= now()
   ORDER BY run_at LIMIT :page_size::int FOR UPDATE SKIP LOCKED
+), tagged AS MATERIALIZED (
+  SELECT job_id, ourvidz.next_tag(queue, user_id, class, cost) AS tag
+  FROM (SELECT * FROM due ORDER BY queue, user_id, class, job_id) in_order
 )
-UPDATE job_queue q SET state = 'ready' FROM due WHERE q.job_id = due.job_id RETURNING q.job_id, q.queue;
+UPDATE job_queue q SET state = 'ready', tag = tagged.tag FROM tagged WHERE q.job_id = tagged.job_id
+RETURNING q.job_id, q.queue;
 
 -- name: overdue(page_size)
 -- Open jobs past a deadline: the start deadline while they wait, the total one always.
@@ -197,8 +218,9 @@ DELETE FROM idempotency_keys WHERE expires_at < now();
 -- A replica says what it is and how it is.
 INSERT INTO workers (id, queue, model_name, device, node, pid, state, slots, load_ms, error)
 VALUES (:id, :queue, :model_name, :device, :node, :pid, :state, :slots, :load_ms, :error)
-ON CONFLICT (id) DO UPDATE SET state = excluded.state, model_name = excluded.model_name, device = excluded.device,
-  load_ms = excluded.load_ms, error = excluded.error, seen_at = now();
+ON CONFLICT (id) DO UPDATE SET state = excluded.state, model_name = coalesce(excluded.model_name, workers.model_name),
+  device = coalesce(excluded.device, workers.device), slots = excluded.slots,
+  load_ms = coalesce(excluded.load_ms, workers.load_ms), error = excluded.error, seen_at = now();
 
 -- name: see_worker(id, running)!
 UPDATE workers SET seen_at = now(), running = :running WHERE id = :id;

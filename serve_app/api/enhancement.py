@@ -3,6 +3,7 @@ rules; the answer says which. Both dialects are read, and the answer has the nam
 
 import asyncio
 import secrets
+import unicodedata
 from typing import Any
 
 import structlog
@@ -40,6 +41,8 @@ async def enhance_prompt(request: Request, edge: EdgeDep, user: User) -> dict[st
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise Problem(400, "length", f"may have at most {MAX_PROMPT_CHARACTERS} characters", field="prompt")
     prompt = " ".join(prompt.split())
+    if not prompt.isprintable() and any(unicodedata.category(character) in ("Cc", "Cs") for character in prompt):
+        raise Problem(400, "characters", "contains control characters", field="prompt")
     mode = _mode(edge, user, body)
     check_prompt(prompt, mode)
     family, format, quality, enhanced7b, job_type = _target(edge, body)
@@ -89,7 +92,7 @@ def _mode(edge: Edge, user: Principal, body: dict[str, Any]) -> ContentMode:
 def _target(edge: Edge, body: dict[str, Any]) -> tuple[Family, Format, Quality, bool, str]:
     """What the prompt is for: a job type of the catalog, or just `image` or `video`."""
     name = body.get("jobType") or body.get("job_type") or body.get("format") or "image"
-    if name in JOB_TYPES:
+    if isinstance(name, str) and name in JOB_TYPES:
         job_type = resolve(name)
         family, format, quality, enhanced = job_type.family, job_type.format, job_type.quality, job_type.enhanced
     elif name in ("image", "video"):
@@ -97,13 +100,20 @@ def _target(edge: Edge, body: dict[str, Any]) -> tuple[Family, Format, Quality, 
         format, quality = Format(name), Quality.FAST
     else:
         raise Problem(400, "unknown_job_type", "is no job type", field="jobType")
-    if body.get("quality") in ("fast", "high"):
-        quality = Quality(body["quality"])
-    if body.get("model") in ("sdxl", "wan"):
-        family = Family(body["model"])
+    quality = Quality(_choice(body, "quality", ("fast", "high")) or quality)
+    family = Family(_choice(body, "model", ("sdxl", "wan")) or family)
+    if not any(known.family is family and known.format is format for known in JOB_TYPES.values()):
+        raise Problem(400, "conflict", f"a {family.value} model makes no {format.value}", field="model")
     if family not in edge.settings.loaded_profile.models:
         raise Problem(503, "model_not_installed", f"the profile has no {family.value} model", field="jobType")
     return family, format, quality, enhanced, str(name)
+
+
+def _choice(body: dict[str, Any], name: str, values: tuple[str, ...]) -> str | None:
+    value = body.get(name)
+    if value is not None and value not in values:
+        raise Problem(400, "choice", f"must be one of {', '.join(values)}", field=name)
+    return value
 
 
 def _answer(result: Enhancement, job_type: str, format: Format, quality: Quality, mode: str) -> dict[str, Any]:

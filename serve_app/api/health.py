@@ -17,6 +17,8 @@ from serve_app.version import VERSION
 
 router = APIRouter(tags=["health"])
 
+READY_SECONDS = 2.0  # a database that takes longer to say who is there is not ready either
+
 
 @router.get("/healthz", operation_id="health")
 async def health() -> dict[str, str]:
@@ -29,7 +31,8 @@ async def ready(edge: EdgeDep, response: Response) -> dict[str, Any]:
     """Whether jobs can be taken and run: 503 without the database or without a live replica for each model."""
     wanted = [family.value for family in edge.settings.loaded_profile.models]
     try:
-        workers = await edge.workers.list(within_seconds=max(30.0, 4 * edge.settings.renew_seconds))
+        async with asyncio.timeout(READY_SECONDS):
+            workers = await edge.workers.list(within_seconds=max(30.0, 4 * edge.settings.renew_seconds))
     except (*CONNECTION_FAULTS, asyncpg.PostgresError):
         response.status_code = 503
         return {"ready": False, "database": "unavailable", "models": {}}

@@ -19,7 +19,8 @@ async def create_key(body: CreateKey, edge: EdgeDep, admin: Admin) -> Key:
     """Make a key for a user, who is made when new. The key itself is in this answer and nowhere else."""
     expires = datetime.now(UTC) + timedelta(days=body.expires_in_days) if body.expires_in_days else None
     user_id = await edge.access.ensure_user(body.username, body.role)
-    return key_view(await edge.access.create_key(user_id, body.name, expires))
+    made = key_view(await edge.access.create_key(user_id, body.name, expires))
+    return made.model_copy(update={"username": body.username})
 
 
 @router.get("/keys", operation_id="listKeys")

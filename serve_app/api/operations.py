@@ -49,10 +49,12 @@ async def list_callbacks(job_id: UUID, edge: EdgeDep, user: User) -> CallbackLis
     await owned(edge, user, job_id)
     logs = []
     for callback in await edge.callbacks.for_job(job_id):
-        attempts = [Delivered(**vars(attempt)) for attempt in await edge.callbacks.attempts_of(callback.id)]
+        tried = await edge.callbacks.attempts_of(callback.id)
+        attempts = [Delivered.model_validate(attempt, from_attributes=True) for attempt in tried]
         logs.append(
             CallbackLog(
                 id=callback.id,
+                endpoint_id=callback.endpoint_id,
                 event=callback.event_type,
                 url=callback.url,
                 state=callback.state,
@@ -71,7 +73,9 @@ async def replay_callback(job_id: UUID, callback_id: str, edge: EdgeDep, user: U
     if callback_id not in {callback.id for callback in await edge.callbacks.for_job(job_id)}:
         raise Problem(404, "callback_not_found", "the job has no such callback")
     if not await edge.callbacks.replay(callback_id):
-        raise Problem(409, "not_replayable", "the callback is under way, or the job's end has made it pointless")
+        raise Problem(
+            409, "not_replayable", "it is under way, or pointless since the job's end, or its endpoint is disabled"
+        )
     edge.notifier.queue("callbacks")
     return await list_callbacks(job_id, edge, user)
 

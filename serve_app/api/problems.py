@@ -170,7 +170,9 @@ def install(app: FastAPI) -> None:
         StorageUnavailable,
         RequestValidationError,
         HTTPException,
-        Exception,
+        DatabaseUnavailable,
+        *CONNECTION_FAULTS,
+        Exception,  # this one alone is raised again after the answer, for the server to log
     ):
         app.add_exception_handler(kind, handle)
 

@@ -277,6 +277,7 @@ class CallbackLog(BaseModel):
     """One callback with its attempts. `next_at` is when the next one is due."""
 
     id: str
+    endpoint_id: UUID | None = Field(description="The registered endpoint that it goes to; null: the job's own URL.")
     event: str
     url: str
     state: str

@@ -9,7 +9,7 @@ import os
 import typer
 
 from deployments.logs import configure_logs
-from serve_app.cli import clusters, installation, jobs, keys, queues, submit
+from serve_app.cli import clusters, endpoints, installation, jobs, keys, queues, submit
 from serve_app.cli.calls import Commands
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ for command in (
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(queues.queues, name="queues")
 app.add_typer(queues.callbacks, name="callbacks")
+app.add_typer(endpoints.app, name="endpoints")
 app.add_typer(keys.app, name="keys")
 app.add_typer(installation.config, name="config")
 

@@ -4,9 +4,11 @@ from typing import Any, Self
 from uuid import UUID, uuid4
 
 from db.callbacks import Callbacks, Delivery
+from db.endpoints import Endpoint, Endpoints
 from db.jobs import Jobs, NewJob, Stage
 
 LEASE_SECONDS = 30.0
+EVENTS = ("processing", "completed", "failed", "cancelled")
 
 
 class Outbox:
@@ -44,20 +46,47 @@ class Outbox:
         )
         return job_id
 
+    async def endpoint(
+        self, url: str = "https://a.example/hook", user_id: UUID | None = None, **values: Any
+    ) -> Endpoint:
+        """A registered endpoint of the user."""
+        asked: dict[str, Any] = {"description": "", "events": EVENTS, "signature": "v1"}
+        made = await Endpoints(self.pool).create(user_id or self.user_id, url, **(asked | values))
+        assert made is not None
+        return made
+
+    async def failing(self, endpoint_id: UUID, failures: int, days: float) -> None:
+        """Make an endpoint fail since so many days, by the database's own clock."""
+        await self.pool.execute(
+            """UPDATE callback_endpoints SET failures = $2, failing_since = now() - make_interval(secs => $3)
+               WHERE id = $1""",
+            endpoint_id,
+            failures,
+            days * 86400,
+        )
+
     async def add(
-        self, name: str, seq: int = 1, job_id: UUID | None = None, url: str = "https://a.example/hook", age: float = 1
+        self,
+        name: str,
+        seq: int = 1,
+        job_id: UUID | None = None,
+        url: str = "https://a.example/hook",
+        age: float = 1,
+        endpoint_id: UUID | None = None,
     ) -> str:
         """A due row; `name` beginning with `end` makes it terminal. `age` is how many seconds it has been due."""
         return await self.pool.fetchval(
-            """INSERT INTO callback_outbox (id, job_id, user_id, seq, event_type, terminal, url, body, next_at)
+            """INSERT INTO callback_outbox (id, job_id, user_id, seq, event_type, terminal, url, body, next_at,
+                                            endpoint_id)
                SELECT $1, id, user_id, $3, CASE WHEN $4 THEN 'job.completed' ELSE 'job.processing' END, $4, $5, '{}',
-                      now() - make_interval(secs => $6) FROM jobs WHERE id = $2 RETURNING id""",
+                      now() - make_interval(secs => $6), $7 FROM jobs WHERE id = $2 RETURNING id""",
             name,
             job_id or self.job_id,
             seq,
             name.startswith("end"),
             url,
             float(age),
+            endpoint_id,
         )
 
     async def claim(self, limit: int = 100, per_host: int = 100, per_user: int = 100) -> list[Delivery]:

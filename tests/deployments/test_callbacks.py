@@ -6,20 +6,18 @@ import email.utils
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID
 
 import pytest
 import structlog
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from db.callbacks import Delivery
-from deployments.callbacks import SCHEDULE_SECONDS, CallbackSecrets, Deliverer, retry_after_seconds
+from deployments.callbacks import SCHEDULE_SECONDS, Deliverer, retry_after_seconds
 from deployments.egress import AllowedHost, Egress, EgressPolicy
+from deployments.signatures import CallbackSecrets
 from tests.db.outbox import Outbox
 from tests.deployments import hostile
 
 SECRETS = CallbackSecrets(b"m" * 32)
-USER = UUID("0192a5b8-1c3d-7e4f-8a9b-0c1d2e3f4a5b")
 
 
 @pytest.fixture
@@ -57,82 +55,12 @@ async def running(worker: Deliverer) -> AsyncIterator[None]:
         task.cancel()
 
 
-# --------------------------------------------------------------------------------------------------- signatures
-
-
-def delivery(**changes: Any) -> Delivery:
-    values: dict[str, Any] = {
-        "id": "msg_1",
-        "job_id": UUID(int=1),
-        "user_id": USER,
-        "url": "https://example.com/hook",
-        "body": '{"text":"ü"}'.encode(),
-        "event_type": "job.completed",
-        "attempts": 1,
-        "lease_no": 1,
-        "secret_version": 1,
-        "secret_age_seconds": None,
-    }
-    return Delivery(**(values | changes))
-
-
 def verifies(secret: str, headers: dict[str, str], body: bytes) -> bool:
     try:
         Webhook(secret).verify(body, headers)
     except WebhookVerificationError:
         return False
     return True
-
-
-def test_signature_verifies_with_the_key_of_the_user() -> None:
-    sent = delivery()
-    headers = SECRETS.headers(sent, datetime.now(UTC))
-    assert verifies(SECRETS.secret(USER, 1), headers, sent.body)
-    assert not verifies(SECRETS.secret(USER, 2), headers, sent.body)
-    assert not verifies(SECRETS.secret(UUID(int=1), 1), headers, sent.body)
-
-
-@pytest.mark.parametrize("name", ["webhook-id", "webhook-timestamp"])
-def test_signature_covers_id_and_time(name: str) -> None:
-    sent = delivery()
-    headers = SECRETS.headers(sent, datetime.now(UTC))
-    changed = "msg_2" if name == "webhook-id" else str(int(headers[name]) + 1)
-    assert not verifies(SECRETS.secret(USER, 1), headers | {name: changed}, sent.body)
-
-
-def test_signature_covers_the_body() -> None:
-    headers = SECRETS.headers(delivery(), datetime.now(UTC))
-    assert not verifies(SECRETS.secret(USER, 1), headers, b"{}")
-
-
-@pytest.mark.parametrize(("age_seconds", "valid"), [(0.0, True), (24 * 3600 - 1, True), (24 * 3600 + 1, False)])
-def test_previous_key_signs_for_a_day_after_rotation(age_seconds: float, valid: bool) -> None:
-    sent = delivery(secret_version=3, secret_age_seconds=age_seconds)
-    headers = SECRETS.headers(sent, datetime.now(UTC))
-    assert verifies(SECRETS.secret(USER, 3), headers, sent.body)
-    assert verifies(SECRETS.secret(USER, 2), headers, sent.body) is valid
-    assert not verifies(SECRETS.secret(USER, 1), headers, sent.body)
-
-
-def test_derivation_of_keys_does_not_change() -> None:
-    # every receiver has its key configured: another derivation would turn all of them away
-    assert SECRETS.secret(USER, 1) == "whsec_FsO7eVgIQh9ZgSR1UtxoOaowFg6HHsaqMXCKeDV5dGM="
-
-
-def test_keys_differ_by_user_version_and_master() -> None:
-    other = CallbackSecrets(b"n" * 32)
-    keys = {
-        SECRETS.secret(USER, 1),
-        SECRETS.secret(USER, 2),
-        SECRETS.secret(UUID(int=1), 1),
-        other.secret(USER, 1),
-    }
-    assert len(keys) == 4
-
-
-def test_short_master_is_refused() -> None:
-    with pytest.raises(ValueError):
-        CallbackSecrets(b"m" * 31)
 
 
 # ----------------------------------------------------------------------------------------------------- one try

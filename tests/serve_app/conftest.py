@@ -11,19 +11,16 @@ from uuid import UUID, uuid4
 import asyncpg
 import httpx2
 import pytest
-import pytest_asyncio
 from fastapi import FastAPI
 
 from db.access import Access
 from db.blobs import BlobStore
-from db.pool import open_pool
 from db.prompts import Prompts
 from db.queue import Claim, Queue, Settlement
 from deployments.prompting import negative_rows, template_rows
 from deployments.settings import Settings
 from serve_app.app import api
 from serve_app.edge import Edge
-from tests.conftest import TestDatabase, with_database
 
 BASE = "http://api.test"
 SECRET = "s" * 40
@@ -115,23 +112,16 @@ async def in_process(database: Any, folder: Path, **changes: Any) -> AsyncIterat
         yield InProcess(settings, app, database.pool, database.worker_pool, stack)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared_database(postgres_url: str, template_database: str) -> AsyncIterator[TestDatabase]:
-    """One database for the tests of a module that all show that nothing is written."""
-    name = f"test_{uuid4().hex[:12]}"
-    server = await asyncpg.connect(with_database(postgres_url, "postgres"))
-    await server.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template_database}"')
-    url = with_database(postgres_url, name)
-    async with await open_pool(url) as pool, await open_pool(url, role="ourvidz_worker") as worker_pool:
-        yield TestDatabase(url, pool, worker_pool)
-    await server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
-    await server.close()
+@pytest.fixture(scope="session")
+def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One state folder for all, so that the tiny weights are made once; no test's rows or files are in it."""
+    return tmp_path_factory.mktemp("state")
 
 
 @pytest.fixture
-async def server(database: Any, tmp_path: Path) -> AsyncIterator[InProcess]:
+async def server(database: Any, tmp_path: Path, state_dir: Path) -> AsyncIterator[InProcess]:
     """The API with the settings of a laptop."""
-    async with in_process(database, tmp_path) as opened:
+    async with in_process(database, tmp_path, state_dir=state_dir) as opened:
         yield opened
 
 

@@ -48,9 +48,11 @@ class Site:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def site(shared_database: Any, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+async def site(shared_database: Any, tmp_path_factory: pytest.TempPathFactory, state_dir: Path) -> AsyncIterator[Site]:
     folder = tmp_path_factory.mktemp("api")
-    async with in_process(shared_database, folder, max_reference_bytes=20_000, max_reference_pixels=10_000) as server:
+    async with in_process(
+        shared_database, folder, max_reference_bytes=20_000, max_reference_pixels=10_000, state_dir=state_dir
+    ) as server:
         alice, bob = await server.user("alice"), await server.user("bob")
         job = (await bob.post("/v1/jobs", json=a_job())).json()["id"]
         yield Site(server, alice, bob, job)
