@@ -259,8 +259,15 @@ class ClaimLoop:
     async def _renew_once(self, held: list[Held], started: float) -> bool:
         said = [(h, (h.phase, h.step)) for h in held]
         renewals = [Renewal(h.claim.job_id, h.claim.attempt, h.phase, h.step, h.steps) for h in held]
+        # a Postgres that takes and never answers must not keep us from letting go in time. The statement is left to
+        # itself, because to end it in good order takes an answer as well
+        renewing = asyncio.create_task(self._queue.renew(self._worker, renewals, self._lease))
+        renewing.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may fail unheard
         try:
-            kept = await self._queue.renew(self._worker, renewals, self._lease)
+            if not (await asyncio.wait({renewing}, timeout=self._lease / 4))[0]:
+                renewing.cancel()
+                raise TimeoutError
+            kept = renewing.result()
         except DATABASE_FAULTS as error:
             log.warning("renew_failed", queue=self._name, error=type(error).__name__, jobs=len(held))
             return False

@@ -7,7 +7,6 @@ is an error that names it, and a value that had to be changed is reported as an 
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -22,34 +21,19 @@ from models.catalog import (
     FamilyDefaults,
     Format,
     JobType,
-    RequestRefused,
 )
+from models.fields import MAX_PROMPT_CHARACTERS as MAX_PROMPT_CHARACTERS
+from models.fields import FieldError as FieldError
+from models.fields import InvalidParams as InvalidParams
+from models.fields import clean_prompt as clean_prompt
+from models.fields import cleaned
 
-MAX_PROMPT_CHARACTERS = 4000
 MAX_SEED = 2**63 - 1
 MIN_STRENGTH = 0.1
 MAX_STRENGTH = 1.0
 
 ContentMode = Literal["sfw", "nsfw"]
 ReferenceKind = Literal["style", "composition", "character"]
-
-
-@dataclass(frozen=True)
-class FieldError:
-    """One thing wrong with one field. `code`: missing, type, unknown, range, choice, length, characters,
-    unsupported or conflict. The message never repeats the value of a text field."""
-
-    field: str
-    message: str
-    code: str
-
-
-class InvalidParams(RequestRefused):
-    """At least one parameter is wrong; `errors` names each of them."""
-
-    def __init__(self, errors: list[FieldError]) -> None:
-        super().__init__("invalid_params", "; ".join(f"{error.field}: {error.message}" for error in errors))
-        self.errors = tuple(errors)
 
 
 class Reference(BaseModel):
@@ -154,20 +138,6 @@ def resolve_params(job_type: JobType, given: GivenParams, defaults: FamilyDefaul
     return _Resolution(job_type, given, defaults).run()
 
 
-def clean_prompt(field: str, text: object) -> str:
-    """The text of a required prompt with single spaces. Raises `InvalidParams`, naming `field`.
-
-    Refused: what is no string, control characters and surrogates, more than `MAX_PROMPT_CHARACTERS`, and text that
-    shows nothing, such as only spaces or zero-width characters.
-    """
-    if not isinstance(text, str):
-        raise InvalidParams([FieldError(field, "must be a string", "type")])
-    cleaned = _cleaned(field, text)
-    if not cleaned:
-        raise InvalidParams([FieldError(field, "is required", "missing")])
-    return cleaned
-
-
 def nearest_length(frames: int) -> int:
     """The nearest 4n+1 number of frames; ties go down."""
     below = (frames - 1) // 4 * 4 + 1
@@ -227,7 +197,7 @@ class _Resolution:
 
     def _text(self, field: str, text: str) -> str:
         try:
-            return _cleaned(field, text)
+            return cleaned(field, text)
         except InvalidParams as error:
             self.errors += error.errors
             return ""
@@ -331,19 +301,6 @@ class _Resolution:
         if wanted and not FAMILIES[self.job_type.family].takes_compel:
             self._error("compel_enabled", "unsupported", f"{self.job_type.name} knows no prompt weights")
         return wanted
-
-
-def _cleaned(field: str, text: str) -> str:
-    """The text with single spaces, "" where it shows nothing. Raises `InvalidParams`."""
-    cleaned = " ".join(text.split())
-    categories = {unicodedata.category(character) for character in cleaned}
-    if categories & {"Cc", "Cs"}:
-        raise InvalidParams([FieldError(field, "contains control characters", "characters")])
-    if len(cleaned) > MAX_PROMPT_CHARACTERS:
-        raise InvalidParams([FieldError(field, f"may have at most {MAX_PROMPT_CHARACTERS} characters", "length")])
-    # Format characters, separators and marks alone draw nothing on a page.
-    shown = any(category != "Cf" and category[0] not in "ZM" for category in categories)
-    return cleaned if shown else ""
 
 
 def _field_error(detail: dict[str, Any]) -> FieldError:

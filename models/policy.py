@@ -60,9 +60,13 @@ def _signs(text: str) -> tuple[Sign, Sign]:
         if _INHERENT.search(reading):
             return Sign.STRONG, Sign.STRONG
         words = _INNOCENT.sub(" ", reading)
-        minors = max(minors, _sign(words, _MINOR_STRONG, _MINOR_WEAK), _age_sign(words))
+        minors = max(minors, _sign(words, _MINOR_STRONG, _MINOR_WEAK), _age_sign(words), _german_boy(words))
         sexual = max(sexual, _sign(words, _SEXUAL_STRONG, _SEXUAL_WEAK))
     return minors, sexual
+
+
+def _german_boy(words: str) -> Sign:
+    return Sign.WEAK if _GERMAN_BOY.search(words) else Sign.NONE
 
 
 def _sign(words: str, strong: re.Pattern[str], weak: re.Pattern[str]) -> Sign:
@@ -76,8 +80,8 @@ def _sign(words: str, strong: re.Pattern[str], weak: re.Pattern[str]) -> Sign:
 _KEPT_MARKS: Final = "\u3099\u309a"  # the voicing marks of kana are part of the letter
 _FILLERS: Final = dict.fromkeys(map(ord, "\u115f\u1160\u3164\uffa0\u2800"), "")
 _LOOKALIKES: Final = str.maketrans(
-    "абвсеһіјкмнорԛѕтухԝүαβεηικνορτυχɑɡıłøđʀɴɪʟʙɢʜ@$",
-    "abbcehijkmhopqstyxwyabenikvoptuxagilodrnilbghas",
+    "абвсеһіјкмнорԛѕтухԝүαβεηικνορτυχɑɡıłøđʀɴɪʟʙɢʜ@$ᴀᴄᴅᴇᴊᴋᴍᴏᴘꜱᴛᴜᴠᴡʏᴢꜰԁոսհօցŋɳɲʋɗ℮ꓐꓑꓓꓔꓖꓗꓙꓚꓜꓝꓟꓠꓡꓢꓣꓦꓧꓪꓫꓬꓮꓰꓲꓳꓴ",
+    "abbcehijkmhopqstyxwyabenikvoptuxagilodrnilbghasacdejkmopstuvwyzfdnuhognnnudebpdtgkjczfmnlsrvhwxyaeiou",
 )
 _DIGIT_LETTERS: Final = str.maketrans("0134578", "oieastb")
 _LETTER_ENCLOSURES: Final = (0x1F150, 0x1F170, 0x1F1E6)  # negative circled, negative squared, regional
@@ -168,7 +172,7 @@ def _pattern(terms: Iterable[str]) -> re.Pattern[str]:
         ending = "[^ ]*" if term.endswith("*") else ""
         if not all(ord(character) < 0x0530 for character in stem):
             unspaced.add(re.escape(stem) + ending)
-        elif len(stem) >= 5 and " " not in stem and stem not in ("penis", "nudes"):
+        elif len(stem) >= 5 and " " not in stem and stem not in ("penis", "nudes", "menor"):
             spaced.add(" ?".join(stem) + ending)
         else:
             # "child's pose" is two readings: with the apostrophe as a space, and without it.
@@ -191,6 +195,12 @@ _MINOR_STRONG: Final = _pattern(vocabulary.MINOR_STRONG)
 _MINOR_WEAK: Final = _pattern(vocabulary.MINOR_WEAK)
 _SEXUAL_STRONG: Final = _pattern(vocabulary.SEXUAL_STRONG)
 _SEXUAL_WEAK: Final = _pattern(vocabulary.SEXUAL_WEAK)
+
+# "Junge" is a boy, or "young" before a noun of the adults that it is said of.
+_GERMAN_BOY: Final = re.compile(
+    r"(?<![^ ])junge(?! madchen)"
+    r"(?! (?:[^ ]+e )?(?:frau|dame|leute|mann|manner|erwachsene|mutter|model|paar|tanzerin)(?:e?n)?(?![^ ]))(?![^ ])"
+)
 
 
 # --- ages -----------------------------------------------------------------------------------------------

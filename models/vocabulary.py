@@ -38,7 +38,8 @@ MINOR_STRONG = (
     "menor de edad", "menores de edad", "adolescente*", "colegiala*", "quinceañera*", "quinceanera*",
     # German
     "ein kind", "das kind", "dem kind", "eines kindes", "kindes", "kindern", "kleinkind*", "schulkind*", "kindlich*",
-    "kleines kind", "kleine kinder", "nacktes kind", "nackte kinder", "minderjahrig*", "minderjaehrig*",
+    "kleines kind", "kleine kinder", "die kinder", "zwei kinder", "drei kinder", "kinder spielen",
+    "nacktes kind", "nackte kinder", "minderjahrig*", "minderjaehrig*",
     "jugendliche*", "saugling*", "schulerin*", "schuler", "schulmadchen", "kleines madchen", "kleine madchen",
     "junges madchen", "junge madchen", "kleiner junge", "kleine jungen",
     # French
@@ -53,12 +54,13 @@ MINOR_STRONG = (
     "несовершеннолетн*", "школьник*", "школьниц*", "младен*", "малыш*", "малолет*",
     # Japanese
     "子供", "子ども", "こども", "少女", "少年", "幼女", "幼児", "児童", "小学生", "中学生", "高校生", "女子高生",
-    "赤ちゃん", "未成年", "園児", "ティーンエイジャー",
+    "女の子", "男の子", "女児", "男児", "赤ちゃん", "未成年", "園児", "ティーンエイジャー",
     # Chinese
     "儿童", "兒童", "孩子", "小孩", "幼儿", "幼兒", "婴儿", "嬰兒", "小女孩", "小男孩", "小姑娘", "初中生", "高中生",
     "萝莉", "蘿莉", "女童", "男童",
     # Korean
-    "어린이", "미성년", "소녀", "소년", "초등학생", "중학생", "고등학생", "아동",
+    "어린이", "아이들", "여자아이", "남자아이", "여고생", "남고생", "미성년", "소녀", "소년", "초등학생",
+    "중학생", "고등학생", "아동",
 )  # fmt: skip
 
 MINOR_WEAK = (
@@ -69,6 +71,10 @@ MINOR_WEAK = (
     "student girl*", "school pupil*",
     "chiquill*", "nena", "nenas", "bebe", "bebes", "madchen", "maedchen", "gamin", "mineur",
     "mineure", "mineurs", "jeune fille", "jeunes filles", "infantil", "colegial", "colegiales", "scolar*",
+    "garcon", "garcons", "gamine", "gamines", "ado", "ados", "garota", "garotas", "garoto", "garotos", "menor",
+    "menores", "nene", "nenes", "chica", "chicas", "kinder", "mein kind", "jedes kind", "kind nackt", "kind und",
+    "kind ist", "kind mit", "kind im", "kind am", "kind auf", "nacktem kind", "nackten kind", "erotisches kind",
+    "sexuelles kind", "ein junge", "nackter junge", "jungs", "아이", "아기",
     "дитя", "正太", "ロリ", "ショタ", "女孩", "男孩", "👶", "👧", "👦", "🧒", "🚸",
 )  # fmt: skip
 
@@ -140,6 +146,9 @@ INNOCENT = (
     "youth hostel*", "fountain of youth",
     "pies desnudos", "pieds nus", "pied nu", "piedi nudi", "nackte fusse", "nackten fussen", "arbol desnudo",
     "arboles desnudos", "голые дерев*", "голых дерев*", "голые ветв*", "голые ветки", "голыми руками",
+    "kinder egg*", "kinder surprise*", "kinder chocolate*", "much ado", "further ado",
+    "아이스", "아이디어", "아이콘", "아이폰", "아이돌", "아이섀도", "아이라인", "아이라이너", "아이보리", "아이템",
+    "아이슬란드", "아이언", "아이러니", "아기자기",
     "裸足", "裸眼", "裸麦", "裸子植物", "ロリポップ", "カロリー",
 )  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 The notation "(word:1.3)" of other programs is understood too; Compel itself would take it for text.
 
-Compel is given the text as it is and may refuse it in many ways; whatever it raises becomes `WeightingFailed`.
+Compel may refuse a text in many ways; whatever it raises becomes `WeightingFailed`. Its parser reads a group again
+for each thing that the group may turn out to be, at each level of nesting, so a text is measured before it is parsed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,19 @@ from typing import Any
 # One window is 75 tokens. The cost of a window is small (1.3 % of a step's work at 1024x1024) but not bounded.
 MAX_WINDOWS = 4
 
+MAX_NESTING = 2
+# About a third of a millisecond of parsing each; plain text of the full length of a prompt is just within it.
+MAX_PARSING = 4000
+MAX_SIGNS = 6
+# Far from what is still a picture; far larger ones overflow in the denoiser.
+MAX_WEIGHT = 10.0
+
+# Measured: a level of nesting makes parsing 4 to 5 times as long, and an empty group costs as much as 20 characters.
+_NESTING_FACTOR = 5
+_GROUP_COST = 20
+
+_ESCAPED = re.compile(r"\\[()\"]")
+_SIGNS = re.compile(rf"[+-]{{{MAX_SIGNS + 1},}}")
 _COLON_WEIGHT = re.compile(r"\(([^():]+):\s*(\d+(?:\.\d+)?)\s*\)")
 
 
@@ -52,7 +66,11 @@ class Weighting:
         negative_prompt = None if negative_prompt is None else with_compel_weights(negative_prompt)
         tokenizer = self._pipeline.tokenizer
         window = tokenizer.model_max_length
+        for text in (prompt, negative_prompt or ""):
+            check_parsable(text)
         try:
+            for text in (prompt, negative_prompt or ""):
+                _check_weights(text)
             compel = CompelForSDXL(self._pipeline, device=device)
             tokens = len(tokenizer(plain_text(prompt), truncation=False, verbose=False).input_ids)
             if tokens > MAX_WINDOWS * window:
@@ -67,18 +85,40 @@ class Weighting:
         windows = result.embeds.shape[1] // window
         if windows > MAX_WINDOWS:
             raise WeightingFailed(f"the prompt fills {windows} windows, {MAX_WINDOWS} is the most")
-        if not torch.isfinite(result.embeds).all():
-            raise WeightingFailed("the weights made embeddings that are not finite")
         dtype = self._pipeline.text_encoder_2.dtype
-        tensors = {
+        encoded = {
             "prompt_embeds": result.embeds,
             "negative_prompt_embeds": result.negative_embeds,
             "pooled_prompt_embeds": pooled,
             "negative_pooled_prompt_embeds": negative_pooled,
         }
-        return WeightedPrompt(
-            {name: None if value is None else value.to(device, dtype) for name, value in tensors.items()}
-        )
+        arguments = {name: None if value is None else value.to(device, dtype) for name, value in encoded.items()}
+        if not all(torch.isfinite(value).all() for value in arguments.values() if value is not None):
+            raise WeightingFailed("the weights made embeddings that are not finite")
+        return WeightedPrompt(arguments)
+
+
+def check_parsable(prompt: str) -> None:
+    """Raises `WeightingFailed` for a text that Compel would parse for more than a second or two, or not sensibly.
+
+    That is: parentheses that don't match or nest deeper than `MAX_NESTING`, more than `MAX_SIGNS` weight signs in
+    a row, or too much text in groups. Takes Compel's notation; linear in the text.
+    """
+    text = _ESCAPED.sub("  ", prompt)
+    if _SIGNS.search(text):
+        raise WeightingFailed(f"more than {MAX_SIGNS} weight signs in a row")
+    # How quotes pair up is the parser's business; between the first and the last one all text may be quoted.
+    quoted = range(text.find('"'), text.rfind('"'))
+    depth, cost = 0, 0
+    for place, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if not 0 <= depth <= MAX_NESTING:
+            raise WeightingFailed(f"parentheses that don't match, or nest deeper than {MAX_NESTING}")
+        cost += _NESTING_FACTOR ** (depth + (place in quoted)) + _GROUP_COST * (character == "(")
+    if depth:
+        raise WeightingFailed("parentheses that don't match")
+    if cost > MAX_PARSING:
+        raise WeightingFailed("too much text in parentheses or quotes")
 
 
 def with_compel_weights(prompt: str) -> str:
@@ -88,13 +128,24 @@ def with_compel_weights(prompt: str) -> str:
 
 def plain_text(prompt: str) -> str:
     """The prompt without Compel's markup, in reading order: "a (red)1.3 cat++" gives "a red cat"."""
+    texts = [_fragments_text(fragments) for fragments in _parsed(prompt)]
+    return ", ".join(text for text in texts if text)
+
+
+def _parsed(prompt: str) -> list[list[Any]]:
+    """The fragments of each part of the prompt."""
     from compel import Compel
 
-    texts: list[str] = []
+    parsed: list[list[Any]] = []
     for part in Compel.parse_prompt_string(prompt).prompts:
-        flattened = getattr(part, "prompts", [part])  # a blend holds several
-        texts += [_fragments_text(prompt_object.children) for prompt_object in flattened]
-    return ", ".join(text for text in texts if text)
+        parsed += [flattened.children for flattened in getattr(part, "prompts", [part])]  # a blend holds several
+    return parsed
+
+
+def _check_weights(prompt: str) -> None:
+    fragments = [fragment for part in _parsed(prompt) for fragment in part]
+    if any(abs(getattr(fragment, "weight", 1.0)) > MAX_WEIGHT for fragment in fragments):
+        raise WeightingFailed(f"a weight above {MAX_WEIGHT:g}")
 
 
 def _fragments_text(fragments: list[Any]) -> str:

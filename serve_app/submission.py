@@ -2,6 +2,7 @@
 of the code; nothing is stored before all of them have passed, but for the reference image just before the row.
 """
 
+import asyncio
 import contextlib
 import math
 import secrets
@@ -28,6 +29,8 @@ from serve_app.edge import Edge
 REFERENCE_SECONDS = 20.0
 REFERENCE_TYPES = ("image/png", "image/jpeg", "image/webp")
 ENHANCE_SECONDS = 3.0  # of predicted work, until runs have been measured
+# decoding a large reference takes a second and hundreds of megabytes: off the event loop, and few at a time
+_decoding = asyncio.Semaphore(2)
 MAX_METADATA_BYTES = 16_384
 MAX_METADATA_DEPTH = 32
 
@@ -250,7 +253,10 @@ async def _keep_reference(
         )
     except EgressError as error:
         raise Problem(422, error.code, str(error), field="reference_image_url") from None
-    open_reference(fetched.data, settings.max_reference_pixels, settings.max_reference_bytes)
+    async with _decoding:
+        await asyncio.to_thread(
+            open_reference, fetched.data, settings.max_reference_pixels, settings.max_reference_bytes
+        )
     key = f"{user.user_id}/{job_id}.{fetched.content_type.partition('/')[2]}"
     await edge.blobs.put(REFERENCE_BUCKET, key, fetched.data, fetched.content_type)
     reference = Reference(**(params.reference.model_dump() | {"bucket": REFERENCE_BUCKET, "key": key}))

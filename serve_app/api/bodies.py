@@ -6,6 +6,9 @@ from fastapi import Request
 
 from serve_app.api.problems import Problem
 
+# far above what any client sends, and low enough for whoever walks through a body afterwards
+MAX_NESTING = 400
+
 
 async def json_object(request: Request) -> dict[str, Any]:
     """The body as a JSON object. 400 for anything else."""
@@ -15,4 +18,40 @@ async def json_object(request: Request) -> dict[str, Any]:
         raise Problem(400, "invalid_json", "the body is not JSON", field="body") from None
     if not isinstance(body, dict):
         raise Problem(400, "type", "the body must be a JSON object", field="body")
+    for name, value in body.items():
+        if _nested(value):
+            raise Problem(400, "nesting", f"may be nested at most {MAX_NESTING} deep", field=_printable(name))
     return body
+
+
+def _nested(value: Any) -> bool:
+    """Whether lists and objects are in one another more than `MAX_NESTING` deep."""
+    level = [value]
+    for _ in range(MAX_NESTING + 1):
+        containers = [item for item in level if isinstance(item, dict | list)]
+        level = [inner for item in containers for inner in (item.values() if isinstance(item, dict) else item)]
+        if not level:
+            return False
+    return True
+
+
+def _printable(name: str) -> str:
+    """A field's name as an answer may repeat it."""
+    return name if name.isprintable() and len(name) <= 100 else "body"
+
+
+def one_of(*dialects: dict[str, Any]) -> dict[str, Any]:
+    """The request body of such a route, for the OpenAPI document: any of these objects."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": {"anyOf": list(dialects)}}}}}
+
+
+def dialect(title: str, required: tuple[str, ...], **fields: dict[str, Any]) -> dict[str, Any]:
+    """One dialect's object by its main fields. It may have others."""
+    return {"title": title, "type": "object", "required": list(required), "properties": fields}
+
+
+TEXT: dict[str, Any] = {"type": "string"}
+SWITCH: dict[str, Any] = {"type": "boolean"}
+COUNT: dict[str, Any] = {"type": "integer"}
+AMOUNT: dict[str, Any] = {"type": "number"}
+CARRIED: dict[str, Any] = {"type": "object"}

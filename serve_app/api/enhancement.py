@@ -3,7 +3,6 @@ rules; the answer says which. Both dialects are read, and the answer has the nam
 
 import asyncio
 import secrets
-import unicodedata
 from typing import Any
 
 import structlog
@@ -16,7 +15,7 @@ from deployments.enhancer import EnhanceRequest, enhancement_account, load_count
 from deployments.prompting import templates_of
 from models.catalog import JOB_TYPES, Family, Format, Quality, RequestRefused, resolve
 from models.enhancement import Enhancement, enhance
-from models.params import MAX_PROMPT_CHARACTERS, ContentMode
+from models.params import ContentMode, clean_prompt
 from models.policy import check_prompt
 from models.prompts import NoTemplate, select_template
 from serve_app.api.auth import EdgeDep, User
@@ -35,14 +34,10 @@ ANSWER_SECONDS = 60.0
 async def enhance_prompt(request: Request, edge: EdgeDep, user: User) -> dict[str, Any]:
     """Enhance a prompt for a job type. 200 also when rules had to stand in: `fallback_used` says so."""
     body = await json_object(request)
-    prompt = body.get("prompt") or body.get("original_prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise Problem(400, "missing", "is required", field="prompt")
-    if len(prompt) > MAX_PROMPT_CHARACTERS:
-        raise Problem(400, "length", f"may have at most {MAX_PROMPT_CHARACTERS} characters", field="prompt")
-    prompt = " ".join(prompt.split())
-    if not prompt.isprintable() and any(unicodedata.category(character) in ("Cc", "Cs") for character in prompt):
-        raise Problem(400, "characters", "contains control characters", field="prompt")
+    prompt = clean_prompt("prompt", body.get("prompt") or body.get("original_prompt") or "")
+    for name in ("jobType", "job_type", "format", "quality", "model", "contentType", "contentRating"):
+        if not isinstance(body.get(name), str | None):
+            raise Problem(400, "type", "must be a string", field=name)
     mode = _mode(edge, user, body)
     check_prompt(prompt, mode)
     family, format, quality, enhanced7b, job_type = _target(edge, body)

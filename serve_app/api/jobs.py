@@ -1,6 +1,6 @@
 """/v1/jobs: submit, list, read, cancel, retry."""
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 from uuid import UUID
 
@@ -86,7 +86,7 @@ async def list_jobs(
             user_id=user.user_id,
             status=status,
             job_type=job_type,
-            created_after=created_after,
+            created_after=_in_utc(created_after),
             before=before,
             after=after,
             page_size=limit + 1,
@@ -149,6 +149,13 @@ async def job_events(job_id: UUID, edge: EdgeDep, user: User) -> RedirectRespons
     await owned(edge, user, job_id)
     # relative, so that it stays on the address that the client came by
     return RedirectResponse(f"/v1/events/jobs/{job_id}", status_code=307)
+
+
+def _in_utc(moment: datetime | None) -> datetime | None:
+    try:
+        return None if moment is None else moment.astimezone(UTC)
+    except (OverflowError, ValueError):
+        raise Problem(422, "range", "is no time that can be", field="created_after") from None
 
 
 async def owned(edge: Edge, user: Principal, job_id: UUID) -> JobRecord:

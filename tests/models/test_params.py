@@ -13,6 +13,7 @@ from models.params import (
     GivenParams,
     InvalidParams,
     Resolved,
+    clean_prompt,
     nearest_length,
     resolve_params,
 )
@@ -133,6 +134,8 @@ def test_nearest_length_is_4n_plus_1_and_no_further_than_2(frames: int) -> None:
         ("sdxl_image_fast", {"reference": {"bucket": "b"}}, {"reference.key": "missing"}),
         ("sdxl_image_fast", {"reference": {"bucket": "b", "key": "k", "kind": "face"}}, {"reference.kind": "choice"}),
         ("sdxl_image_fast", {"prompt": "  \n "}, {"prompt": "missing"}),
+        ("sdxl_image_fast", {"prompt": "\u200b"}, {"prompt": "missing"}),
+        ("sdxl_image_fast", {"prompt": " \u200b\u2060 \u0301\ufe0f"}, {"prompt": "missing"}),
         ("sdxl_image_fast", {"prompt": "x" * 4001}, {"prompt": "length"}),
         ("sdxl_image_fast", {"prompt": "a\x00b"}, {"prompt": "characters"}),
         ("sdxl_image_fast", {"prompt": "a\ud800b"}, {"prompt": "characters"}),
@@ -170,6 +173,32 @@ def test_resolve_params_keeps_prompts_out_of_messages() -> None:
     with pytest.raises(InvalidParams) as refused:
         resolved(prompt="zanzibar" * 1000, negative_prompt="zanzibar\x00")
     assert "zanzibar" not in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        (None, "type"),
+        (5, "type"),
+        (["a cat"], "type"),
+        ("", "missing"),
+        (" \u200b\u2060 ", "missing"),
+        ("a\x00b", "characters"),
+        ("a\ud800b", "characters"),
+        ("a" * 4001, "length"),
+    ],
+)
+def test_clean_prompt_refuses(text: object, code: str) -> None:
+    with pytest.raises(InvalidParams) as refused:
+        clean_prompt("original_prompt", text)
+    assert [(error.field, error.code) for error in refused.value.errors] == [("original_prompt", code)]
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"), [(" a \n cat ", "a cat"), ("e\u0301te\u0301", "e\u0301te\u0301"), ("❤\ufe0f", "❤\ufe0f")]
+)
+def test_clean_prompt_keeps_what_can_be_seen(text: str, cleaned: str) -> None:
+    assert clean_prompt("prompt", text) == cleaned
 
 
 def test_refusals_survive_pickling() -> None:

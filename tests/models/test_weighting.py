@@ -5,7 +5,14 @@ import pytest
 
 from models.engine import GenerationRequest
 from models.sdxl import SDXL
-from models.weighting import MAX_WINDOWS, Weighting, WeightingFailed, plain_text, with_compel_weights
+from models.weighting import (
+    MAX_WINDOWS,
+    Weighting,
+    WeightingFailed,
+    check_parsable,
+    plain_text,
+    with_compel_weights,
+)
 
 Make = Callable[..., GenerationRequest]
 
@@ -106,6 +113,58 @@ def test_failure_of_compel_falls_back_to_the_plain_prompt_and_says_so(
     assert settings["compel_success"] is False
     assert settings["fallback_used"] is True
     assert settings["fallback_reason"].startswith("compel_failed")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "((((red:1.3 kite ))) ::",
+        "(" * 7 + "kite",
+        "(((kite)))",
+        "kite)",
+        ")kite(",
+        "((kite)) " * 400,
+        "()" * 2000,
+        '"' + "(cat) " * 650 + '"',
+        "(" + "cat " * 900 + ")1.3",
+        "kite" + "+" * 500,
+        "kite" + "-" * 500,
+        "(kite)" + "+" * 7,
+    ],
+)
+def test_hostile_prompts_are_never_parsed(weighting: Weighting, monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
+    parsed: list[str] = []
+    monkeypatch.setattr("compel.Compel.parse_prompt_string", parsed.append)
+    for texts in ((prompt, None), ("kite", prompt)):
+        with pytest.raises(WeightingFailed):
+            weighting.encode(*texts, "cpu")
+    assert parsed == []
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        r"a face \(smiling\), \(\(((tilted)1.2 hat)",
+        r"((a \) cat)1.2 on a mat)0.9",
+        "((red)1.3 kite)1.1, sky++, cloud------",
+        '("a (cat)1.5", "a dog").blend(0.3, 0.7)',
+        "a cat [on a mat",
+        "cat " * 1000,
+        "",
+    ],
+)
+def test_ordinary_weights_are_parsed(prompt: str) -> None:
+    check_parsable(prompt)
+
+
+@pytest.mark.parametrize("prompt", ["kite" + "+" * 500, "(kite)99999999999999999999", "((kite)9)9"])
+def test_absurd_weights_fall_back_to_the_plain_prompt(
+    sdxl: SDXL, image_request: Make, recorder: Any, prompt: str
+) -> None:
+    plain, _ = pixels(sdxl, image_request(prompt=prompt), recorder())
+    fallen_back, settings = pixels(sdxl, image_request(prompt=prompt, compel_enabled=True), recorder())
+    assert fallen_back == plain
+    assert (settings["compel_success"], settings["fallback_used"]) == (False, True)
 
 
 def test_compel_works_without_guidance_and_in_batches(sdxl: SDXL, image_request: Make, recorder: Any) -> None:

@@ -231,7 +231,7 @@ async def test_enhance_prompt_says_that_rules_stood_in(
         ({"prompt": "x", "jobType": ["video"]}, 400),
         ({"prompt": "x", "jobType": {"a": 1}}, 400),
         ({"prompt": "x", "contentType": "scene"}, 501),
-        ({"prompt": "x", "contentType": ["nsfw"]}, 501),
+        ({"prompt": "x", "contentType": ["nsfw"]}, 400),
         ({"prompt": "x", "contentType": "nsfw"}, 403),
         ({"prompt": "x", "contentRating": "nsfw"}, 403),
         ({"prompt": "x", "jobType": "rv51_fast"}, 503),

@@ -1,0 +1,203 @@
+"""The enhancer around a real tiny Qwen: a durable stage, and single prompts. Its words are noise, and it says so."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from db.prompts import Prompts
+from db.queue import Queue
+from deployments.enhancer import Enhancer, EnhanceRequest
+from deployments.metrics import Metrics
+from deployments.prompting import negative_rows, template_rows
+from deployments.settings import Settings
+from models.policy import ContentRejected
+from tests.deployments.conftest import Desk
+
+PROMPT = "a lighthouse on a cliff"
+NO_LANGUAGE_MODEL = """
+name: wordless
+description: no language model
+laptop: true
+models:
+  sdxl: {model_name: tiny-sdxl, source: tiny, dtype: float32, device: cpu, memory_gib: 0, disk_gib: 0}
+"""
+MISSING = """
+name: missing
+description: a language model that is not there
+laptop: true
+models:
+  sdxl: {model_name: tiny-sdxl, source: tiny, dtype: float32, device: cpu, memory_gib: 0, disk_gib: 0}
+  qwen: {model_name: none, source: /nonexistent/qwen, dtype: float32, device: cpu, memory_gib: 0, disk_gib: 0}
+"""
+
+
+@pytest.fixture(scope="module")
+def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny weights, made once."""
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture
+async def settings(database: Any, tmp_path: Path, state_dir: Path) -> Settings:
+    await Prompts(database.pool).seed(template_rows(), negative_rows())
+    return Settings(
+        database_url=database.url,
+        state_dir=state_dir,
+        blob_url=f"file://{tmp_path / 'blobs'}",
+        renew_seconds=0.5,
+        poll_seconds=0.1,
+    )
+
+
+def with_profile(settings: Settings, folder: Path, text: str) -> Settings:
+    path = folder / "profile.yaml"
+    path.write_text(text)
+    return settings.model_copy(update={"profile": str(path)})
+
+
+@asynccontextmanager
+async def serving(settings: Settings) -> AsyncIterator[Enhancer]:
+    enhancer = Enhancer(settings, Metrics())
+    await enhancer.start()
+    try:
+        assert enhancer.health() is None
+        yield enhancer
+    finally:
+        await enhancer.stop(0)
+
+
+async def accept(desk: Desk, **changes: Any) -> UUID:
+    values = {
+        "stage": "enhance",
+        "queue": "qwen",
+        "original_prompt": PROMPT,
+        "params": {"prompt": PROMPT, "seed": 7, "steps": 1},
+    }
+    (job_id,) = await desk.accept(**(values | changes))
+    return job_id
+
+
+def asked(prompt: str = PROMPT, mode: str = "sfw", family: str = "sdxl", format: str = "image") -> EnhanceRequest:
+    return EnhanceRequest(prompt, family, format, "fast", False, mode, 7)
+
+
+async def moved(desk: Desk, job_id: UUID, queue: str = "sdxl") -> Any:
+    """The job's row once it has moved on."""
+    await desk.until(
+        "SELECT count(*) FROM job_queue WHERE job_id = $1 AND queue = $2 AND state = 'ready'", job_id, queue
+    )
+    return await desk.database.pool.fetchrow("SELECT * FROM jobs WHERE id = $1", job_id)
+
+
+async def test_a_job_is_enhanced_and_moves_on(desk: Desk, settings: Settings) -> None:
+    async with serving(settings) as enhancer:
+        assert enhancer.load_error is None
+        job_id = await accept(desk)
+        row = await moved(desk, job_id)
+    assert (row["status"], row["stage"], row["attempts"], row["failures"]) == ("queued", "generate", 1, 0)
+    assert row["enhanced_prompt"].startswith(PROMPT)
+    assert row["enhanced_prompt"] != PROMPT
+    account = row["enhancement"]
+    # random weights write noise, which is not given out as an enhancement
+    assert (account["strategy"], account["fallback_used"], account["fallback_reason"]) == (
+        "rule_based",
+        True,
+        "gibberish",
+    )
+    assert (row["enhancement_strategy"], row["template_name"]) == ("rule_based", "SDXL_FAST")
+    assert account["model_used"] == "tiny-qwen" or account["model_used"] is None
+    assert account["new_tokens"] > 0
+    assert row["enhancement_time_ms"] >= 0
+    assert PROMPT not in str(account)
+    assert await desk.events(job_id) == ["queued", "started", "enhanced"]
+
+
+async def test_the_next_stage_is_claimed_with_the_enhanced_prompt(desk: Desk, settings: Settings) -> None:
+    async with serving(settings):
+        job_id = await accept(desk)
+        await moved(desk, job_id)
+    (claim,) = await desk.queue.claim("sdxl", uuid4(), 1)
+    assert (claim.job_id, claim.attempt, claim.failures, claim.job["stage"]) == (job_id, 2, 0, "generate")
+    assert claim.job["enhanced_prompt"].startswith(PROMPT)
+
+
+async def test_a_video_goes_to_the_video_queue(desk: Desk, settings: Settings) -> None:
+    async with serving(settings):
+        job_id = await accept(desk, job_type="video7b_fast_enhanced", format="video", model_type="wan")
+        row = await moved(desk, job_id, "wan")
+    assert row["template_name"].startswith("WAN")
+
+
+@pytest.mark.parametrize("profile", [NO_LANGUAGE_MODEL, MISSING])
+async def test_without_its_model_rules_stand_in_and_it_says_so(
+    desk: Desk, settings: Settings, tmp_path: Path, profile: str
+) -> None:
+    async with serving(with_profile(settings, tmp_path, profile)) as enhancer:
+        assert enhancer.load_error
+        row = await moved(desk, await accept(desk))
+        direct = await enhancer.enhance(asked())
+        worker = await desk.database.pool.fetchrow("SELECT error FROM workers")
+    account = row["enhancement"]
+    assert (account["strategy"], account["fallback_reason"]) == ("rule_based", "model_unavailable")
+    assert (direct.strategy, direct.fallback_used, direct.fallback_reason) == ("rule_based", True, "model_unavailable")
+    assert worker["error"]
+
+
+async def test_a_prompt_is_enhanced_at_once(settings: Settings) -> None:
+    async with serving(settings) as enhancer:
+        result = await enhancer.enhance(asked())
+    assert (result.original_prompt, result.fallback_used, result.fallback_reason) == (PROMPT, True, "gibberish")
+    assert result.enhanced_prompt.startswith(PROMPT)
+    assert 0 < result.tokens.enhanced <= result.token_limit
+
+
+async def test_a_prompt_that_is_never_made_is_refused_here_too(desk: Desk, settings: Settings) -> None:
+    async with serving(settings) as enhancer:
+        with pytest.raises(ContentRejected) as caught:
+            await enhancer.enhance(asked("a nude child"))
+        assert caught.value.code == "content_minors"
+        job_id = await accept(desk, original_prompt="a nude child")
+        await desk.until("SELECT status = 'failed' FROM jobs WHERE id = $1", job_id)
+    assert await desk.status(job_id) == ("failed", "content_rejected")
+    assert await desk.database.pool.fetchval("SELECT enhanced_prompt FROM jobs") is None
+    assert "nude" not in await desk.database.pool.fetchval("SELECT error_message FROM jobs")
+
+
+async def test_an_operators_template_is_used(desk: Desk, settings: Settings) -> None:
+    await desk.database.pool.execute("UPDATE prompt_templates SET is_active = false WHERE template_name = 'SDXL_FAST'")
+    await desk.database.pool.execute(
+        """INSERT INTO prompt_templates (enhancer_model, use_case, template_name, system_prompt, token_limit, job_type,
+                                         target_model, quality)
+           VALUES ('qwen_instruct', 'enhancement', 'HOUSE_STYLE', 'Rewrite it.', 75, 'image', 'sdxl', 'fast')"""
+    )
+    async with serving(settings) as enhancer:
+        assert (await enhancer.enhance(asked())).template_name == "HOUSE_STYLE"
+
+
+async def test_a_cancelled_stage_ends_the_job(desk: Desk, settings: Settings) -> None:
+    async with serving(settings):
+        pass
+    job_id = await accept(desk)
+    worker = uuid4()
+    await desk.queue.claim("qwen", worker, 1)
+    await Queue(desk.database.pool).cancel(job_id)
+    await desk.expire(job_id)
+    # it comes back to the queue with its flag, and the enhancer must not move it on
+    await desk.database.pool.execute(
+        "UPDATE job_queue SET state = 'ready', worker = NULL, lease_until = NULL WHERE job_id = $1", job_id
+    )
+    async with serving(settings):
+        await desk.until("SELECT status = 'cancelled' FROM jobs WHERE id = $1", job_id)
+    assert await desk.queued(job_id) is None
+
+
+async def test_a_stopped_enhancer_takes_no_more(desk: Desk, settings: Settings) -> None:
+    async with serving(settings):
+        pass
+    job_id = await accept(desk)
+    assert await desk.queued(job_id) == ("ready", 0)
+    assert (await desk.database.pool.fetchrow("SELECT state FROM workers"))["state"] == "stopped"
