@@ -70,6 +70,10 @@ class Access:
             await self._sql.note_use(self._pool, key_id=row["key_id"])
         return Principal(row["user_id"], row["username"], frozenset(row["roles"]), row["age_verified"], row["key_id"])
 
+    async def key_holds(self, key_id: UUID) -> bool:
+        """Whether a key that was authenticated before is still neither revoked nor expired."""
+        return bool(await self._sql.key_holds(self._pool, key_id=key_id))
+
     async def ensure_user(self, username: str, role: str = "basic_user") -> UUID:
         """The user of that name with that role, made where new. Durable on return."""
         if role not in ROLES:

@@ -22,6 +22,7 @@ from serve_app.api.jobs import owned, read_job
 from serve_app.api.views import event_view
 
 LOOK_SECONDS = 2.0
+KEY_LOOKS = 5  # the key that opened a stream is looked at again after so many times LOOK_SECONDS
 
 router = APIRouter(tags=["events"])
 
@@ -82,11 +83,18 @@ async def stream_job(
     bell: Annotated[Bell, Depends(bell_of)],
     last_event_id: Annotated[int, Header(ge=0, lt=2**63, description="Replay the history after this event.")] = 0,
 ) -> AsyncIterator[ServerSentEvent]:
-    """A job as it changes: `job` carries the whole job, `event` one line of its history. Ends with the job."""
+    """A job as it changes: `job` carries the whole job, `event` one line of its history. Ends with the job,
+    or when the API key no longer opens it."""
     seen, shown = last_event_id, None
+    clock = asyncio.get_running_loop().time
+    checked = clock()
     with bell.waiting(job_id) as changed:
         while True:
             changed.clear()
+            if clock() - checked >= LOOK_SECONDS * KEY_LOOKS:
+                if user.key_id is None or not await edge.access.key_holds(user.key_id):
+                    return
+                checked = clock()
             async with as_user(edge.pool, user.user_id) as connection:
                 events = await edge.jobs.events_after(connection, job_id, seen)
             for event in events:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -24,6 +24,7 @@ from models.params import FieldError, GenerationParams, GivenParams, InvalidPara
 from models.policy import check_prompt
 from models.profile import ModelSpec
 from serve_app.api.problems import Problem
+from serve_app.api.wire import Adjusted
 from serve_app.edge import Edge
 
 REFERENCE_SECONDS = 20.0
@@ -53,6 +54,7 @@ class Submission:
     start_deadline_seconds: float | None = None
     deadline_seconds: float | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    adjustments: Sequence[Adjusted] = ()  # what was said in the caller's dialect and could not be used as given
     traceparent: str | None = None
 
 
@@ -64,6 +66,7 @@ async def submit(
         earlier = await edge.jobs.accepted_before(user.user_id, idempotency_key, body)
         if earlier is not None:
             return Accepted(earlier, replayed=True)
+    check_metadata(asked.metadata)
     job_type = resolve(asked.job_type)
     spec = _installed(edge, job_type)
     given = _given(asked)
@@ -102,7 +105,7 @@ async def submit(
         params=params.model_dump(mode="json"),
         content_mode=params.content_mode,
         metadata=asked.metadata,
-        adjustments=[vars(a) | {} for a in resolved.adjustments],
+        adjustments=[dict(vars(a)) for a in (*asked.adjustments, *resolved.adjustments)],
         klass=int(asked.interactive),
         max_attempts=edge.settings.max_attempts,
         callback_url=asked.callback_url,

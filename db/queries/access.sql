@@ -7,6 +7,11 @@ FROM api_keys k JOIN profiles p ON p.id = k.user_id LEFT JOIN user_roles r ON r.
 WHERE k.key_hash = :key_hash AND k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > now())
 GROUP BY k.id, p.id;
 
+-- name: key_holds(key_id)$
+-- Whether `find_key` would still find that key.
+SELECT EXISTS (SELECT FROM api_keys
+               WHERE id = :key_id AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now()));
+
 -- name: note_use(key_id)!
 UPDATE api_keys SET last_used_at = now() WHERE id = :key_id;
 

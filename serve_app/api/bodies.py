@@ -55,3 +55,19 @@ SWITCH: dict[str, Any] = {"type": "boolean"}
 COUNT: dict[str, Any] = {"type": "integer"}
 AMOUNT: dict[str, Any] = {"type": "number"}
 CARRIED: dict[str, Any] = {"type": "object"}
+
+_PARAMETERS: dict[str, Any] = {
+    **dict.fromkeys(("seed", "num_images", "steps", "width", "height", "frames", "fps"), COUNT),
+    **dict.fromkeys(("guidance_scale", "shift", "reference_strength", "denoise_strength"), AMOUNT),
+    **dict.fromkeys(("negative_prompt", "scheduler", "aspect_ratio", "compel_weights"), TEXT),
+    **dict.fromkeys(("reference_image_url", "callback_url"), TEXT),
+    "compel_enabled": SWITCH,
+    "contentType": {"type": "string", "enum": ["sfw", "nsfw"]},
+}
+_IN_METADATA = CARRIED | {"required": ["prompt"], "properties": {"prompt": TEXT, **_PARAMETERS}}
+QUEUE_JOB = one_of(
+    dialect(
+        "snake_case", ("job_type",), job_type=TEXT, prompt=TEXT, enhanced_prompt=TEXT, metadata=CARRIED, **_PARAMETERS
+    ),
+    dialect("camelCase", ("jobType", "metadata"), jobType=TEXT, enhancedPrompt=TEXT, metadata=_IN_METADATA),
+)

@@ -19,7 +19,7 @@ from models.params import ContentMode, clean_prompt
 from models.policy import check_prompt
 from models.prompts import NoTemplate, select_template
 from serve_app.api.auth import EdgeDep, User
-from serve_app.api.bodies import json_object
+from serve_app.api.bodies import SWITCH, TEXT, dialect, json_object, one_of
 from serve_app.api.problems import Problem
 from serve_app.edge import Edge
 
@@ -28,19 +28,37 @@ log = structlog.get_logger()
 router = APIRouter(prefix="/functions/v1", tags=["functions"])
 
 ANSWER_SECONDS = 60.0
+METHODS = {"qwen": "chat_worker", "rule_based": "rule_based", "none": "none"}
+NAMES = ("jobType", "job_type", "format", "quality", "model", "contentType", "contentRating")
+_SHARED: dict[str, Any] = {
+    "format": {"type": "string", "enum": ["image", "video"]},
+    "quality": {"type": "string", "enum": ["fast", "high"]},
+    "model": {"type": "string", "enum": ["sdxl", "wan"]},
+    "contentType": {"type": "string", "enum": ["sfw", "nsfw"]},
+    "metadata": {"type": "object", "properties": {"exact_copy_mode": SWITCH}},
+}
+BODY = one_of(
+    dialect("snake_case", ("original_prompt",), original_prompt=TEXT, job_type=TEXT, **_SHARED),
+    dialect("camelCase", ("prompt",), prompt=TEXT, jobType=TEXT, **_SHARED),
+)
 
 
-@router.post("/enhance-prompt", operation_id="enhancePrompt")
+@router.post("/enhance-prompt", operation_id="enhancePrompt", openapi_extra=BODY)
 async def enhance_prompt(request: Request, edge: EdgeDep, user: User) -> dict[str, Any]:
     """Enhance a prompt for a job type. 200 also when rules had to stand in: `fallback_used` says so."""
     body = await json_object(request)
-    prompt = clean_prompt("prompt", body.get("prompt") or body.get("original_prompt") or "")
-    for name in ("jobType", "job_type", "format", "quality", "model", "contentType", "contentRating"):
+    field = "original_prompt" if body.get("prompt") in (None, "") and body.get("original_prompt") else "prompt"
+    text = body.get(field)
+    prompt = clean_prompt(field, "" if text is None else text)
+    for name in NAMES:
         if not isinstance(body.get(name), str | None):
             raise Problem(400, "type", "must be a string", field=name)
     mode = _mode(edge, user, body)
     check_prompt(prompt, mode)
     family, format, quality, enhanced7b, job_type = _target(edge, body)
+    facts = {"job_type": job_type, "format": format.value, "quality": quality.value, "content_mode": mode}
+    if _exact_copy(body):
+        return _answer(str(text), str(text), await _no_account(edge, family, str(text)), facts)
     asked = EnhanceRequest(
         prompt, family.value, format.value, quality.value, enhanced7b, mode, secrets.randbelow(2**31)
     )
@@ -48,7 +66,36 @@ async def enhance_prompt(request: Request, edge: EdgeDep, user: User) -> dict[st
         result = await _enhance(edge, asked)
     except NoTemplate as error:
         raise Problem(503, error.code, str(error)) from None
-    return _answer(result, job_type, format, quality, mode)
+    return _answer(result.original_prompt, result.enhanced_prompt, enhancement_account(result), facts)
+
+
+def _exact_copy(body: dict[str, Any]) -> bool:
+    """Whether the prompt is for an exact copy of an image, which changes no word of it."""
+    metadata = body.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise Problem(400, "type", "must be an object", field="metadata")
+    wanted = metadata.get("exact_copy_mode")
+    if not isinstance(wanted, bool | None):
+        raise Problem(400, "type", "must be true or false", field="metadata.exact_copy_mode")
+    return bool(wanted)
+
+
+async def _no_account(edge: Edge, family: Family, text: str) -> dict[str, Any]:
+    """The account of an enhancement that was not made."""
+    counter = await asyncio.to_thread(load_counter, edge.settings, family)
+    tokens = await asyncio.to_thread(counter.count, text)
+    return {
+        "strategy": "none",
+        "fallback_used": False,
+        "fallback_reason": None,
+        "template_name": None,
+        "token_limit": None,
+        "tokens": {"original": tokens, "enhanced": tokens},
+        "compression_applied": False,
+        "model_used": None,
+        "execution_time_ms": 0,
+        "new_tokens": 0,
+    }
 
 
 async def _enhance(edge: Edge, asked: EnhanceRequest) -> Enhancement:
@@ -111,41 +158,37 @@ def _choice(body: dict[str, Any], name: str, values: tuple[str, ...]) -> str | N
     return value
 
 
-def _answer(result: Enhancement, job_type: str, format: Format, quality: Quality, mode: str) -> dict[str, Any]:
-    account = enhancement_account(result)
-    original, enhanced = len(result.original_prompt), len(result.enhanced_prompt)
+def _answer(original: str, enhanced: str, account: dict[str, Any], facts: dict[str, str]) -> dict[str, Any]:
+    tokens = account["tokens"]
     return {
         "success": True,
-        "original_prompt": result.original_prompt,
-        "enhanced_prompt": result.enhanced_prompt,
-        "enhancement_strategy": result.strategy,
-        "fallback_used": result.fallback_used,
-        "fallback_reason": result.fallback_reason,
+        "original_prompt": original,
+        "enhanced_prompt": enhanced,
+        "enhancement_strategy": account["strategy"],
+        "fallback_used": account["fallback_used"],
+        "fallback_reason": account["fallback_reason"],
         "enhancement_metadata": {
             **account,
-            "original_length": original,
-            "enhanced_length": enhanced,
-            "expansion_percentage": f"{100 * enhanced / original:.1f}",
-            "job_type": job_type,
-            "format": format.value,
-            "quality": quality.value,
-            "content_mode": mode,
-            "token_count": result.tokens.enhanced,
+            "original_length": len(original),
+            "enhanced_length": len(enhanced),
+            "expansion_percentage": f"{100 * len(enhanced) / len(original):.1f}",
+            **facts,
+            "token_count": tokens["enhanced"],
             "cache_hit": False,
         },
-        "enhancedPrompt": result.enhanced_prompt,
-        "originalPrompt": result.original_prompt,
-        "compressionRatio": enhanced / original,
+        "enhancedPrompt": enhanced,
+        "originalPrompt": original,
+        "compressionRatio": len(enhanced) / len(original),
         "qualityScore": None,
         "tokenCount": {
-            "original": result.tokens.original,
-            "enhanced": result.tokens.enhanced,
-            "compressed": result.tokens.enhanced if result.compression_applied else None,
+            "original": tokens["original"],
+            "enhanced": tokens["enhanced"],
+            "compressed": tokens["enhanced"] if account["compression_applied"] else None,
         },
         "analytics": {
-            "enhancementMethod": "chat_worker" if result.strategy == "qwen" else "rule_based",
-            "processingTime": result.execution_time_ms,
-            "fallbackUsed": result.fallback_used,
+            "enhancementMethod": METHODS[account["strategy"]],
+            "processingTime": account["execution_time_ms"],
+            "fallbackUsed": account["fallback_used"],
             "qualityMetrics": {"coherence": None, "visualAppeal": None, "technicalQuality": None},
         },
     }

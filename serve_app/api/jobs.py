@@ -18,7 +18,7 @@ from serve_app.api.problems import Problem
 from serve_app.api.views import job_view
 from serve_app.api.wire import Job, JobPage, JobRequest
 from serve_app.edge import Edge
-from serve_app.submission import ENHANCE_SECONDS, Submission, check_metadata, predicted_seconds, submit
+from serve_app.submission import ENHANCE_SECONDS, Submission, predicted_seconds, submit
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -38,7 +38,6 @@ async def create_job(
     idempotency_key: IdempotencyKey = None,
 ) -> Job:
     """Accept a job. It is durable when this answers; follow it at `urls.self` or `urls.events`."""
-    check_metadata(body.metadata)
     asked = Submission(
         job_type=body.job_type,
         given={name: getattr(body, name) for name in PARAMETERS},

@@ -15,7 +15,7 @@ import structlog
 from fastapi import APIRouter, Request
 
 from serve_app.api.auth import EdgeDep
-from serve_app.api.bodies import json_object
+from serve_app.api.bodies import CARRIED, TEXT, dialect, json_object, one_of
 from serve_app.api.problems import Problem
 from serve_app.edge import Edge
 
@@ -25,10 +25,16 @@ router = APIRouter(prefix="/functions/v1", tags=["functions"])
 
 STATUSES = ("processing", "completed", "failed", "cancelled")
 TOLERANCE_SECONDS = 300
+_STATUS = {"type": "string", "enum": list(STATUSES)}
+_ASSETS = {"type": "array", "items": {"anyOf": [TEXT, CARRIED]}}
+REPORT = one_of(
+    dialect("snake_case", ("job_id", "status"), job_id=TEXT, status=_STATUS, assets=_ASSETS),
+    dialect("camelCase", ("jobId", "status"), jobId=TEXT, status=_STATUS, results=CARRIED),
+)
 NOT_OURS = {"success": True, "skipped": True, "message": "nothing was changed"}
 
 
-@router.post("/job-callback", operation_id="jobCallback")
+@router.post("/job-callback", operation_id="jobCallback", openapi_extra=REPORT)
 async def job_callback(request: Request, edge: EdgeDep) -> dict[str, Any]:
     """Take a provider's report. Headers: `X-Callback-Timestamp` (Unix seconds) and `X-Callback-Signature`
     (`sha256=` and the hex HMAC-SHA256 of timestamp, a full stop and the body)."""

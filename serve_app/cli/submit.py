@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -43,6 +44,8 @@ def submit(
         request = JobRequest.model_validate(given)
     except ValidationError as error:
         raise Stop("the request is wrong:\n" + field_errors(error), USAGE) from error
+    if out is not None:
+        check_folder(out)
     run(_submit(request, idempotency_key, wait or out is not None, out, as_json, url))
 
 
@@ -59,6 +62,16 @@ async def _submit(
         if wait:
             (job,) = await watch_all(client, [job])
         await conclude(client, [job], out, as_json, ended=wait)
+
+
+def check_folder(out: Path) -> None:
+    """Make the folder for the files, so that no job is made whose files have nowhere to go. Raises `Stop`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise Stop(f"--out {out}: no files can be put there ({error.strerror})", USAGE) from error
 
 
 async def watch_all(client: Client, jobs: list[Job]) -> list[Job]:
