@@ -172,6 +172,7 @@ def install(app: FastAPI) -> None:
         HTTPException,
         DatabaseUnavailable,
         *CONNECTION_FAULTS,
+        asyncpg.PostgresError,  # its text may quote the row that it refused, prompt included: not for the server's log
         Exception,  # this one alone is raised again after the answer, for the server to log
     ):
         app.add_exception_handler(kind, handle)
