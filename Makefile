@@ -10,7 +10,8 @@ TORCH_INDEX_URL ?=
 export TORCH_INDEX_URL
 
 CHAOS ?=
-.PHONY: help setup demo serve chaos check docs format test clean
+SOAK ?=
+.PHONY: help setup demo serve chaos soak check docs format test clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -39,6 +40,9 @@ format: setup ## rewrite the code in the project's format
 
 chaos: setup ## kill, stop and cut everything in turn under load, then check that nothing was lost
 	$(BIN)/python -m benchmarks.chaos $(CHAOS)
+
+soak: setup ## half an hour of steady load, then a look at what must not grow
+	$(BIN)/python -m benchmarks.soak $(SOAK)
 
 docs: setup ## write the generated parts of docs/reference anew
 	$(BIN)/python docs/generate.py

@@ -1,7 +1,8 @@
 """`python -m benchmarks.queue`: our queue beside procrastinate and pgqueuer, on one embedded Postgres, in one run.
 
-Jobs do nothing; the bookkeeping is all there: on our side that is the fence, the charge, three events, the fair share
-and the outbox row. The contenders take turns, round by round, so that a noisy machine hurts them alike; what counts are
+Jobs do nothing; the bookkeeping is all there: on our side that is the fence, the charge, three events, the fair share,
+the run time and the outbox row. Every submit is a call of its own that returns when it is durable; calls that come at
+the same time share a commit, as they do in the API's process. The contenders take turns, round by round, so that a noisy machine hurts them alike; what counts are
 the medians and their ratios, not the rates. The peers run at the settings that were their best in a sweep.
 
 Needs `pip install procrastinate "pgqueuer[asyncpg]" "psycopg[binary,pool]"` beside this project.
@@ -31,16 +32,16 @@ from uuid6 import uuid7
 
 from db import embedded
 from db.access import Access
-from db.finisher import Finisher
+from db.batches import GATHER_SECONDS, Batcher
 from db.jobs import Jobs, NewJob, Stage, Status
 from db.migrate import migrate
 from db.notify import QUEUE_CHANNEL, Listener, Notifier
 from db.pool import open_pool
-from db.queue import Claim, Queue, Settlement
+from db.queue import Claim, Queue, Settled, Settlement
 
-SUBMITTERS = 16
+SUBMITTERS = 32
+LINGER = 0.01  # seconds that a worker waits after a claim that found less than it asked for
 USERS = 50
-OUTSTANDING = 200  # jobs that a process has claimed and not finished yet
 PAYLOAD = {"prompt": "a" * 200, "steps": 30}
 PAST = Path(__file__).parent.parent / "tests" / "db" / "filled.sql"
 
@@ -92,7 +93,6 @@ class Ours:
 
     def __init__(self, pool: asyncpg.Pool, users: list[UUID]) -> None:
         self.jobs, self.queue, self.users = Jobs(pool), Queue(pool), users
-        self.finisher = Finisher(self.queue)
         self.worker, self.finished = uuid4(), 0
 
     def job(self, n: int, queue: str = "sdxl") -> NewJob:
@@ -109,20 +109,21 @@ class Ours:
 
         await share(count, SUBMITTERS, one)
 
-    async def work(self, count: int, batch: int = 50) -> None:
+    async def work(self, count: int, batch: int = 100) -> None:
         """Claim and finish until so many are done."""
         tasks: set[asyncio.Task[None]] = set()
+        ends = Batcher(self.queue.settle_each, gather_seconds=GATHER_SECONDS)
         while self.finished < count:
-            claims = await self.queue.claim("sdxl", self.worker, batch) if len(tasks) + batch <= OUTSTANDING else []
+            claims = await self.queue.claim("sdxl", self.worker, batch) if len(tasks) <= 2 * batch else []
             for claim in claims:
-                task = asyncio.create_task(self.finish(claim))
+                task = asyncio.create_task(self.finish(claim, ends))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
-            if not claims:
-                await asyncio.sleep(0.001)
+            if len(claims) < batch:
+                await asyncio.sleep(LINGER)
         await asyncio.gather(*tasks)
 
-    async def finish(self, claim: Claim) -> None:
+    async def finish(self, claim: Claim, ends: Batcher[Settlement, Settled | None]) -> None:
         end = Settlement(
             job_id=claim.job_id,
             attempt=claim.attempt,
@@ -130,7 +131,7 @@ class Ours:
             worker=self.worker,
             generation_time_ms=1,
         )
-        if await self.finisher.settle(end) is not None:
+        if await ends.put(end) is not None:
             self.finished += 1
 
     async def check(self, pool: asyncpg.Pool, count: int) -> None:
@@ -171,7 +172,7 @@ async def ours_drain(bench: Bench) -> None:
         bench.add("ours, submit only", count, time.perf_counter() - started)
         await pool.execute("VACUUM ANALYZE")
         started = time.perf_counter()
-        await asyncio.gather(*(side.work(count) for _ in range(2)))
+        await asyncio.gather(*(side.work(count, 200) for _ in range(2)))
         bench.add("ours, drain", count, time.perf_counter() - started)
         await side.check(pool, count)
 
@@ -296,6 +297,7 @@ async def latency(bench: Bench, count: int = 200) -> list[float]:
     """Milliseconds from the call that submits to the answer of the claim, one job at a time in an idle system."""
     async with ours(bench) as (side, pool):
         woken, taken, notifier = asyncio.Event(), asyncio.Queue[float](), Notifier(pool)
+        ends = Batcher(side.queue.settle_each)
         listener = Listener(bench.database("ours"), QUEUE_CHANNEL, lambda _payload: woken.set())
         listener.start()
         await listener.connected.wait()
@@ -306,7 +308,7 @@ async def latency(bench: Bench, count: int = 200) -> list[float]:
                 claims = await side.queue.claim("sdxl", side.worker, 1)
                 for claim in claims:
                     taken.put_nowait(time.perf_counter())
-                    await side.finish(claim)
+                    await side.finish(claim, ends)
                 if not claims:
                     await woken.wait()
 

@@ -70,9 +70,28 @@ class Access:
             await self._sql.note_use(self._pool, key_id=row["key_id"])
         return Principal(row["user_id"], row["username"], frozenset(row["roles"]), row["age_verified"], row["key_id"])
 
-    async def key_holds(self, key_id: UUID) -> bool:
-        """Whether a key that was authenticated before is still neither revoked nor expired."""
-        return bool(await self._sql.key_holds(self._pool, key_id=key_id))
+    async def keys_that_hold(self, key_ids: set[UUID]) -> set[UUID]:
+        """Of these keys, which were authenticated before, those that are still neither revoked nor expired."""
+        return {row["id"] async for row in self._sql.keys_that_hold(self._pool, key_ids=list(key_ids))}
+
+    async def principal(self, user_id: UUID) -> Principal | None:
+        """A user as whoever acts in the user's name sees it; None when there is none."""
+        row = await self._sql.find_user(self._pool, user_id=user_id)
+        return (
+            None if row is None else Principal(user_id, row["username"], frozenset(row["roles"]), row["age_verified"])
+        )
+
+    async def adopt_user(self, user_id: UUID, role: str = "basic_user") -> bool:
+        """Make a user under an id from elsewhere, without a name. False when there was one."""
+        async with self._pool.acquire() as connection, connection.transaction():
+            if await self._sql.adopt_user(connection, user_id=user_id) is None:
+                return False
+            await self._sql.ensure_role(connection, user_id=user_id, role=role)
+        return True
+
+    async def abandon_user(self, user_id: UUID) -> None:
+        """Take back `adopt_user`, unless the user has come to own something since."""
+        await self._sql.abandon_user(self._pool, user_id=user_id)
 
     async def ensure_user(self, username: str, role: str = "basic_user") -> UUID:
         """The user of that name with that role, made where new. Durable on return."""

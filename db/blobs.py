@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # these exist for type checkers only
 T = TypeVar("T")
 Store = LocalStore | MemoryStore | S3Store
 
-BUCKETS = ("workspace-temp", "user-library", "reference_images", "system_assets", "avatars")
+BUCKETS = ("workspace-temp", "user-library", "reference_images", "system_assets", "avatars", "archive")
 CONTENT_TYPES = {
     "png": "image/png",
     "jpg": "image/jpeg",
@@ -42,6 +42,7 @@ CONTENT_TYPES = {
     "webp": "image/webp",
     "mp4": "video/mp4",
     "json": "application/json",
+    "gz": "application/gzip",
 }
 STREAM_CHUNK_BYTES = 2**20
 MAX_KEY_LENGTH = 900  # S3 allows 1024 bytes, of which an operator's prefix takes some

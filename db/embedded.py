@@ -75,6 +75,11 @@ def is_running(data: Path) -> bool:
     return _postmaster(data.absolute()) is not None
 
 
+def program(name: str) -> Path:
+    """One of Postgres' programs from the wheel, such as `pg_dump`. Nothing says that it is there and can be run."""
+    return _binaries() / name
+
+
 @contextmanager
 def _locked(data: Path) -> Iterator[None]:
     data.mkdir(parents=True, exist_ok=True)

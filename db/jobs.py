@@ -21,8 +21,6 @@ moves it out of completed. `attempt` counts claims and is the fencing token of e
 is the budget. So a drain, a preemption and a hop between stages cost nothing.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -32,7 +30,11 @@ from uuid import UUID
 
 import asyncpg
 
+from db.batches import Batcher
+from db.idempotency import IdempotencyKey
 from db.pool import Connection, queries
+
+MAX_ACCEPTED = 100  # a statement's worth: what comes meanwhile waits for it
 
 
 class Status(StrEnum):
@@ -103,18 +105,6 @@ class NewJob:
         return values
 
 
-class IdempotencyConflict(ValueError):
-    """The key was used for another body."""
-
-    code = "idempotency_key_reused"
-
-
-class IdempotencyInFlight(ValueError):
-    """A request with the same key is being accepted right now."""
-
-    code = "idempotency_key_in_flight"
-
-
 @dataclass(frozen=True)
 class Accepted:
     """`replayed` says that an earlier request with this key made the job."""
@@ -178,55 +168,49 @@ class Jobs:
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
         self._sql = queries("jobs")
+        self._accepting = Batcher(self.accept_all, max_batch=MAX_ACCEPTED)
 
-    async def accept(
-        self, job: NewJob, *, idempotency_key: str | None = None, body: bytes = b"", keep_hours: int = 48
-    ) -> Accepted:
+    async def accept(self, job: NewJob, *, idempotency_key: str | None = None, body: bytes = b"") -> Accepted:
         """Take a job in, in one transaction with its charge and its idempotency key. Durable on return.
 
         Raises `IdempotencyConflict` for a known key with another body, `IdempotencyInFlight` when the first
         request with it has not committed yet.
         """
-        if idempotency_key is None:  # one statement is a transaction of its own, in a third of the round trips
-            await self._make(self._pool, job)
+        if idempotency_key is None:  # together with whoever else comes now: one commit for all of them
+            await self._accepting.put(job)
             return Accepted(job.id, replayed=False)
+        (accepted,) = await self.accept_together([job], idempotency_key=idempotency_key, body=body)
+        return accepted
+
+    async def accept_together(
+        self, jobs: Sequence[NewJob], *, idempotency_key: str | None = None, body: bytes = b""
+    ) -> list[Accepted]:
+        """Take several jobs of one user in, all or none. Raises as `accept` does."""
+        if idempotency_key is None:
+            return [Accepted(job_id, replayed=False) for job_id in await self.accept_all(jobs)]
+        key = IdempotencyKey(jobs[0].user_id, idempotency_key, body, len(jobs))
         async with self._pool.acquire() as connection, connection.transaction():
-            earlier = await self._earlier(connection, job.user_id, idempotency_key, body)
+            earlier = await key.begin(connection)
             if earlier is not None:
-                return Accepted(earlier, replayed=True)
-            await self._make(connection, job)
-            await self._sql.store_idempotency_key(
-                connection,
-                user_id=job.user_id,
-                key=idempotency_key,
-                body_hash=hashlib.sha256(body).digest(),
-                job_id=job.id,
-                hours=keep_hours,
-            )
-        return Accepted(job.id, replayed=False)
+                return [Accepted(job_id, replayed=True) for job_id in earlier]
+            await self._make(connection, jobs)
+            await key.store(connection, [job.id for job in jobs])
+        return [Accepted(job.id, replayed=False) for job in jobs]
 
-    async def _make(self, connection: Connection | asyncpg.Pool, job: NewJob) -> None:
-        async for _ in self._sql.accept(connection, rows=[job.to_row()]):
+    async def accepted_before(self, user_id: UUID, key: str, body: bytes, jobs: int = 1) -> list[Accepted] | None:
+        """What an earlier request with this key made. Raises `IdempotencyConflict` for another body."""
+        earlier = await IdempotencyKey(user_id, key, body, jobs).find(self._pool)
+        return None if earlier is None else [Accepted(job_id, replayed=True) for job_id in earlier]
+
+    async def accept_all(self, jobs: Sequence[NewJob]) -> list[UUID]:
+        """Take jobs in, of any users, in one transaction; the answer has their ids in the same order."""
+        await self._make(self._pool, jobs)
+        return [job.id for job in jobs]
+
+    async def _make(self, connection: Connection | asyncpg.Pool, jobs: Sequence[NewJob]) -> None:
+        rows = [{name: value for name, value in job.to_row().items() if value is not None} for job in jobs]
+        async for _ in self._sql.accept(connection, rows=rows):
             pass
-
-    async def accepted_before(self, user_id: UUID, key: str, body: bytes) -> UUID | None:
-        """The job that an earlier request with this key made. Raises `IdempotencyConflict` for another body."""
-        return self._same_body(await self._sql.find_idempotency_key(self._pool, user_id=user_id, key=key), key, body)
-
-    async def _earlier(self, connection: Connection, user_id: UUID, key: str, body: bytes) -> UUID | None:
-        if not await self._sql.lock_idempotency_key(connection, user_id=user_id, key=key):
-            raise IdempotencyInFlight(key)
-        row = await self._sql.find_idempotency_key(connection, user_id=user_id, key=key)
-        return self._same_body(row, key, body)
-
-    @staticmethod
-    def _same_body(row: asyncpg.Record | None, key: str, body: bytes) -> UUID | None:
-        if row is None:
-            return None
-        if row["body_hash"] != hashlib.sha256(body).digest():
-            raise IdempotencyConflict(key)
-        job_id: UUID = row["job_id"]
-        return job_id
 
     async def read(self, connection: Connection | asyncpg.Pool, job_id: UUID) -> JobRecord | None:
         """One job, or None when there is none that the connection may see."""
@@ -276,13 +260,18 @@ class Jobs:
         rows = self._sql.events_after(connection, job_id=job_id, after_id=after_id, page_size=page_size)
         return [JobEvent.from_row(row) async for row in rows]
 
+    async def stamps(self, job_ids: set[UUID]) -> dict[UUID, str]:
+        """A text for each job that is another one whenever something about it has changed that its watchers see."""
+        return {row["id"]: row["stamp"] async for row in self._sql.stamps(self._pool, job_ids=list(job_ids))}
+
     async def run_seconds(self, job_type: str) -> float | None:
-        """Mean seconds of the last 20 completed runs of a type; None before the first."""
-        value = await self._sql.run_seconds(self._pool, job_type=job_type)
-        return None if value is None else float(value)
+        """Mean seconds of a type's completed runs, the recent ones weighing most; None before the first."""
+        seconds: float | None = await self._sql.run_seconds(self._pool, job_type=job_type)
+        return seconds
 
     async def retry(self, job_id: UUID, *, queue: str, cost: float) -> bool:
-        """Queue a failed or cancelled job again with a new budget. False when it is in no such state."""
+        """Queue a failed or cancelled job again with a new budget and its deadlines counted from now. False when it is
+        in no such state."""
         return await self._sql.retry(self._pool, job_id=job_id, queue=queue, cost=cost) is not None
 
     async def erase(self, job_id: UUID, actor: UUID) -> Erased | None:
@@ -293,8 +282,3 @@ class Jobs:
         """
         row = await self._sql.erase(self._pool, job_id=job_id, actor=actor)
         return None if row is None else Erased(row["id"], row["user_id"], row["keys"], row["reference_key"])
-
-
-def canonical_body(value: object) -> bytes:
-    """The bytes of a request that its idempotency key stands for: equal JSON gives equal bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()

@@ -23,13 +23,16 @@ class DatabaseUnavailable(RuntimeError):
     code = "database_unavailable"
 
 
-# what a lost or refused connection looks like; anything else is a fault of ours or of the data
+# What a database says that can't do now what is right: it is away, shuts down, recovers, is full (of connections, of
+# rows), is a standby after a failover, or gave up for somebody else's lock. The same may work later, on another
+# connection. Whether it was done is not always known. Anything else is a fault of ours or of the data.
 CONNECTION_FAULTS = (
     asyncpg.PostgresConnectionError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.TooManyConnectionsError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
+    asyncpg.exceptions.InsufficientResourcesError,  # too many connections, disk full, out of memory
+    asyncpg.exceptions.OperatorInterventionError,  # shutdown, crash, starting up, a statement's time-out
+    asyncpg.exceptions.TransactionRollbackError,  # a deadlock
+    asyncpg.exceptions.PostgresSystemError,  # a failing disk
+    asyncpg.ReadOnlySQLTransactionError,
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,  # what a connection that is cut in the middle of an answer may end in
     ConnectionError,
@@ -42,8 +45,21 @@ DATABASE_FAULTS = (*CONNECTION_FAULTS, asyncpg.PostgresError)
 
 # A connection keeps its plans, and makes many of them while a new database is empty: then the cheapest way to find a
 # row is to read the whole table, and it would go on doing so while the table grows. All our statements find their rows
-# by an index, so the planner is told to.
-PLANNER = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off", "jit": "off"}
+# by an index, so the planner is told to, and that there is one plan for all values: planning the claim costs as much as
+# a claim.
+PLANNER = {
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "jit": "off",
+    "plan_cache_mode": "force_generic_plan",
+}
+
+
+# For the length of a transaction: who asks, with whose rights. Plans are made by what is asked for: a page of a user's
+# jobs with a filter may need another one than a page without.
+BECOME = """SELECT set_config('request.jwt.claims', $1, true), set_config('role', 'authenticated', true),
+                   set_config('plan_cache_mode', 'auto', true)"""
 
 
 @cache
@@ -75,6 +91,7 @@ async def open_pool(
             max_size=max_size,
             server_settings=settings,
             init=_prepare,
+            reset=_reset,
             timeout=10,
             command_timeout=60,
             max_inactive_connection_lifetime=300,
@@ -91,14 +108,23 @@ async def as_user(pool: asyncpg.Pool, user_id: UUID) -> AsyncIterator[Connection
     """
     async with pool.acquire() as connection, connection.transaction(readonly=True):
         claims = json.dumps({"sub": str(user_id), "role": "authenticated"})
-        await connection.execute("SELECT set_config('request.jwt.claims', $1, true)", claims)
-        await connection.execute("SET LOCAL ROLE authenticated")
+        await connection.execute(BECOME, claims)
         yield connection
 
 
 async def _prepare(connection: asyncpg.Connection) -> None:
     for kind in ("json", "jsonb"):
         await connection.set_type_codec(kind, schema="pg_catalog", encoder=_encode, decoder=json.loads, format="text")
+
+
+async def _reset(connection: asyncpg.Connection) -> None:
+    """What a pool does with a connection that comes back: one to a standby goes, or a pool that was filled during a
+    failover would stay with the old primary."""
+    told = connection.get_settings()
+    if "on" in (getattr(told, "in_hot_standby", "off"), getattr(told, "default_transaction_read_only", "off")):
+        connection.terminate()
+    else:
+        await connection.execute(connection.get_reset_query())
 
 
 def _encode(value: object) -> str:

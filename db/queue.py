@@ -35,16 +35,28 @@ class Claim:
     attempt: int
     failures: int
     max_attempts: int
+    batch_size: int | None = None  # images at a time, since a larger batch ran out of memory
+    moved_for_memory: bool = False  # it ran out of memory even so, and was sent to another replica once
+    outage_seconds: float | None = None  # since when the object store has kept it from its end
 
     @property
     def job_id(self) -> UUID:
         """The job's id."""
-        return UUID(self.job["id"])
+        job_id: UUID = self.job["id"]
+        return job_id
 
     @classmethod
     def from_row(cls, row: asyncpg.Record) -> Self:
         """The claim from a row of the `claim` statement."""
-        return cls(row["job"], row["attempt"], row["failures"], row["max_attempts"])
+        return cls(
+            dict(row),
+            row["attempts"],
+            row["budget_used"],
+            row["max_attempts"],
+            row["batch_size"],
+            row["moved_for_memory"],
+            row["outage_seconds"],
+        )
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ class Renewal:
     phase: str
     step: int | None = None
     steps: int | None = None
+    preview: tuple[int, int] | None = None  # the step that the latest preview shows, and of how many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +146,10 @@ class Requeue:
     enhancement_time_ms: int | None = None
     template_name: str | None = None
     expansion: float | None = None
+    batch_size: int | None = None  # the most images at a time from now on
+    avoid_worker: UUID | None = None  # which is not to take it again before `avoid_seconds` have passed
+    avoid_seconds: float | None = None
+    outage: bool = False  # the object store was away: counts nothing, and since when is kept
 
 
 @dataclass(frozen=True)
@@ -192,6 +209,8 @@ class Queue:
             phases=[r.phase for r in renewals],
             steps=[r.step for r in renewals],
             totals=[r.steps for r in renewals],
+            preview_steps=[r.preview and r.preview[0] for r in renewals],
+            preview_totals=[r.preview and r.preview[1] for r in renewals],
             worker=worker,
             lease_seconds=lease_seconds,
         )
@@ -206,15 +225,20 @@ class Queue:
     ) -> list[Settled | None]:
         """The same, with an answer for each in their order: None where nothing ended."""
         answer: list[Settled | None] = [None] * len(settlements)
-        rows = [s.to_row() | {"n": n} for n, s in enumerate(settlements)]
+        rows = [given(s.to_row(), n) for n, s in enumerate(settlements)]
         async for row in self._sql.settle(connection or self._pool, rows=rows):
             answer[row["n"]] = Settled(row["job_id"], Status(row["status"]), row["calls_back"])
         return answer
 
     async def requeue(self, requeues: Sequence[Requeue]) -> dict[UUID, str]:
         """Put running jobs back; the answer maps those that moved to their queue."""
-        rows = self._sql.requeue(self._pool, rows=[vars(r) | {"n": n} for n, r in enumerate(requeues)])
+        rows = self._sql.requeue(self._pool, rows=[given(vars(r), n) for n, r in enumerate(requeues)])
         return {row["job_id"]: row["queue"] async for row in rows}
+
+    async def unheard(self, worker: UUID, known: Sequence[UUID]) -> list[tuple[UUID, int]]:
+        """Jobs, with their attempts, that run in a worker's name although it knows of `known` alone: the connection
+        broke between a claim's commit and its answer."""
+        return [(r["job_id"], r["attempt"]) async for r in self._sql.unheard(self._pool, worker=worker, known=known)]
 
     async def cancel(self, job_id: UUID) -> str:
         """Stop a job: `cancelled` when it was waiting, `cancelling` when a replica will stop at its next step,
@@ -273,13 +297,17 @@ class Queue:
         rows = self._sql.live_attempts(self._pool, job_ids=[p[0] for p in pairs], attempts=[p[1] for p in pairs])
         return {(row["job_id"], row["attempt"]) async for row in rows}
 
+    async def running_attempts(self, attempts: set[tuple[UUID, int]]) -> set[tuple[UUID, int]]:
+        """Of these attempts, those that run now."""
+        pairs = list(attempts)
+        rows = self._sql.running_attempts(self._pool, job_ids=[p[0] for p in pairs], attempts=[p[1] for p in pairs])
+        return {(row["job_id"], row["attempt"]) async for row in rows}
+
     async def known_jobs(self, job_ids: set[UUID]) -> set[UUID]:
         """Of these jobs, those that exist."""
         return {row["id"] async for row in self._sql.known_jobs(self._pool, job_ids=list(job_ids))}
 
-    async def prune(self, days: int) -> None:
-        """Delete what nobody asks for any more: events and delivery logs of ended jobs, old keys and workers."""
-        await self._sql.prune_events(self._pool, days=days)
-        await self._sql.prune_attempts(self._pool, days=days)
-        await self._sql.prune_idempotency_keys(self._pool)
-        await self._sql.prune_workers(self._pool)
+
+def given(values: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """The values of one row as the statements take them in: what is missing is null there, so nulls are left out."""
+    return {"n": n} | {name: value for name, value in values.items() if value is not None}

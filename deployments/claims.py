@@ -58,7 +58,8 @@ class Held:
     # on this process' own clock: when the lease ends at the latest, and when the work last showed progress
     lease_ends: float = field(default_factory=time.monotonic)
     advanced: float = field(default_factory=time.monotonic)
-    reported: tuple[str, int | None] | None = None
+    preview: tuple[int, int] | None = None  # the latest preview that can be seen: its step, and of how many
+    reported: tuple[object, ...] | None = None
 
     def report(
         self, phase: str, step: int | None = None, steps: int | None = None, activity: int | None = None
@@ -77,6 +78,11 @@ class Held:
             self.stop_reason = reason
         if self.on_stop is not None:
             self.on_stop()
+
+    @property
+    def news(self) -> tuple[object, ...]:
+        """What watchers of the job are to learn."""
+        return self.phase, self.step, self.preview
 
     @property
     def stalled(self) -> bool:
@@ -116,6 +122,7 @@ class ClaimLoop:
         self._loops: list[asyncio.Task[None]] = []
         self._died: str | None = None
         self._refused_since: float | None = None
+        self._unheard = False  # a claim's answer was lost, and jobs may be ours that we don't know of
 
     @property
     def fault(self) -> str | None:
@@ -187,9 +194,11 @@ class ClaimLoop:
             if free > 0 and self._may_claim():
                 started = time.monotonic()
                 try:
+                    await self._give_back_unheard()
                     claims = await self._queue.claim(self._name, self._worker, free, self._lease)
                     self._refused_since = None
                 except CONNECTION_FAULTS as error:
+                    self._unheard = True
                     log.warning("claim_failed", queue=self._name, error=type(error).__name__)
                 except asyncpg.PostgresError as error:  # Postgres answers, and says no
                     log.error("claim_refused", queue=self._name, error=type(error).__name__)
@@ -203,6 +212,17 @@ class ClaimLoop:
                     await self._wake.wait()
             except TimeoutError:
                 pass
+
+    async def _give_back_unheard(self) -> None:
+        """Put back what a claim took whose answer was lost on the way: nothing of it was run, and it must not wait for
+        its lease."""
+        if not self._unheard:
+            return
+        known = [held.claim.job_id for held in self._tasks.values()]
+        for job_id, attempt in await self._queue.unheard(self._worker, known):
+            log.warning("claim_unheard", job_id=str(job_id), attempt=attempt, queue=self._name)
+            await self._queue.requeue([Requeue(job_id=job_id, attempt=attempt, error_code="claim_unheard")])
+        self._unheard = False
 
     def _begin(self, held: Held) -> None:
         log.info("job_claimed", job_id=str(held.claim.job_id), attempt=held.claim.attempt, queue=self._name)
@@ -244,7 +264,7 @@ class ClaimLoop:
             await asyncio.sleep(min(PROGRESS_SECONDS, self._renew))
             due = time.monotonic() - renewed >= self._renew
             held = [h for h in self._tasks.values() if h.stop_reason is not StopReason.LOST and not h.stalled]
-            news = [h for h in held if h.reported != (h.phase, h.step)]
+            news = [h for h in held if h.reported != h.news]
             if not due and not news:
                 continue
             chosen = held if due else news
@@ -257,8 +277,8 @@ class ClaimLoop:
             self._give_up_late(started)
 
     async def _renew_once(self, held: list[Held], started: float) -> bool:
-        said = [(h, (h.phase, h.step)) for h in held]
-        renewals = [Renewal(h.claim.job_id, h.claim.attempt, h.phase, h.step, h.steps) for h in held]
+        said = [(h, h.news) for h in held]
+        renewals = [Renewal(h.claim.job_id, h.claim.attempt, h.phase, h.step, h.steps, h.preview) for h in held]
         # a Postgres that takes and never answers must not keep us from letting go in time. The statement is left to
         # itself, because to end it in good order takes an answer as well
         renewing = asyncio.create_task(self._queue.renew(self._worker, renewals, self._lease))
@@ -301,5 +321,10 @@ class ClaimLoop:
 
 
 def backoff(failures: int, base: float = 2.0, cap: float = 120.0) -> float:
-    """Seconds before the next try after so many failures: exponential, with 20 % of jitter either way."""
-    return float(min(cap, base * 2**failures) * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
+    """Seconds before the next try after so many failures: exponential, and jittered."""
+    return jittered(min(cap, base * 2**failures))
+
+
+def jittered(seconds: float) -> float:
+    """The same with 20 % of jitter either way."""
+    return seconds * random.uniform(0.8, 1.2)  # noqa: S311

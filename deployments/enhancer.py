@@ -20,7 +20,7 @@ from db.prompts import Prompts
 from db.queue import Queue, Requeue
 from db.workers import Workers
 from deployments.claims import ClaimLoop, Held
-from deployments.endings import Endings
+from deployments.endings import Endings, Outcome
 from deployments.metrics import Metrics
 from deployments.prompting import templates_of
 from deployments.settings import Settings
@@ -171,13 +171,13 @@ class Enhancer:
 
     async def _work(self, held: Held) -> None:
         """One job's enhancement stage, from claim to the next queue."""
-        claim, outcome, queue = held.claim, "unknown", QUEUE
+        claim, outcome, queue = held.claim, Outcome.UNKNOWN, QUEUE
         started = time.monotonic()
         try:
             job_type = resolve(claim.job["job_type"])
             result = await self._enhance_job(held, job_type)
             queue = job_type.family.value
-            outcome = "enhanced" if await self._move_on(held, job_type, result) else "lost"
+            outcome = await self._move_on(held, job_type, result)
         except GenerationError as error:
             outcome = await self._endings.failed(held, error)
             self.metrics.job_failed(QUEUE, error.code, outcome)
@@ -246,7 +246,7 @@ class Enhancer:
                 self._counters[family] = await asyncio.to_thread(load_counter, self.settings, family)
             return self._counters[family]
 
-    async def _move_on(self, held: Held, job_type: JobType, result: Enhancement) -> bool:
+    async def _move_on(self, held: Held, job_type: JobType, result: Enhancement) -> Outcome:
         try:
             measured = await self._jobs.run_seconds(job_type.name)
         except CONNECTION_FAULTS:
@@ -270,7 +270,8 @@ class Enhancer:
             expansion=expansion,
         )
         held.settling = True
-        return await self._endings.requeue(held, hop)
+        moved = await self._endings.requeue(held, hop)
+        return Outcome.ENHANCED if moved is Outcome.REQUEUED else moved
 
 
 def enhancement_account(result: Enhancement) -> dict[str, Any]:

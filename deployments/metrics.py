@@ -44,6 +44,7 @@ class Metrics:
         self._callback = Histogram(
             "ourvidz_callback_seconds", "One delivery attempt.", boundaries=CALL_SECONDS, tag_keys=("outcome",)
         )
+        self._previews = Counter("ourvidz_previews_total", "Previews by outcome.", ("model", "outcome"))
         self._enhancements = Counter("ourvidz_enhancements_total", "Enhanced prompts.", ("strategy", "reason"))
 
     def job_ended(self, model: str, job: Mapping[str, Any], outcome: str, seconds: float) -> None:
@@ -61,6 +62,10 @@ class Metrics:
     def lease_lost(self, model: str) -> None:
         """A job was taken from us while we held it."""
         self._lost.inc(1, {"model": model})
+
+    def previewed(self, model: str, outcome: str) -> None:
+        """A preview was shown, or could not be: then `outcome` is the code."""
+        self._previews.inc(1, {"model": model, "outcome": outcome})
 
     def model_loaded(self, model: str, seconds: float) -> None:
         """A model is loaded and warm."""

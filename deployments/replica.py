@@ -2,22 +2,25 @@
 
 import asyncio
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from uuid import UUID, uuid4
 
 import structlog
 
-from db.blobs import BlobNotFound, BlobStore, StorageUnavailable, UrlSigner
+from db.blobs import BlobNotFound, BlobStore, UrlSigner
 from db.jobs import Jobs, Status
 from db.notify import QUEUE_CHANNEL, Listener, Notifier
 from db.pool import WORKER_ROLE, open_pool
-from db.queue import Claim, NewAsset, Queue, Settlement
+from db.queue import NewAsset, Queue, Settlement
 from db.workers import Workers
 from deployments.claims import ClaimLoop, Held, StopReason
-from deployments.endings import Endings
+from deployments.endings import Endings, Outcome
 from deployments.metrics import Metrics
+from deployments.previews import Previews, cleaned
 from deployments.settings import Settings
-from deployments.storing import StorageFailed, Storing, encode
+from deployments.storing import Storing, encode
 from models.catalog import Family
 from models.engine import (
     Cancelled,
@@ -35,6 +38,7 @@ from models.profile import ModelSpec, resolve_weights
 log = structlog.get_logger()
 
 WATCH_SECONDS = 0.1
+CLEAN_SECONDS = 2.0  # for previews that are being deleted; the sweep finds what is left
 
 
 class Replica:
@@ -55,10 +59,12 @@ class Replica:
         self._workers = Workers(self._pool)
         self._notifier = Notifier(self._pool)
         queue = Queue(self._pool)
-        self._endings = Endings(queue, Jobs(self._pool), self.worker, settings.lease_seconds)
+        self._endings = Endings(
+            queue, Jobs(self._pool), self.worker, settings.lease_seconds, settings.store_outage_seconds
+        )
         self._blobs = BlobStore.from_url(settings.blobs())
         signer = UrlSigner(settings.secret("signing_secret"), settings.public_url)
-        self._storing = Storing(self._blobs, signer, settings.callback_url_seconds)
+        self._storing = Storing(self._blobs, signer, settings.callback_url_seconds, settings.store_patience_seconds)
         await self._load()
         self._loop = ClaimLoop(
             queue,
@@ -71,12 +77,13 @@ class Replica:
             poll_seconds=settings.poll_seconds,
             on_news=self._notifier.job,
             on_lost=lambda: self.metrics.lease_lost(self.family),
-            may_claim=lambda: self.engine is not None and self.engine.alive,
+            # what could not be stored had better not be made
+            may_claim=lambda: self.engine is not None and self.engine.alive and not self._storing.away,
         )
         self._listener = Listener(url, QUEUE_CHANNEL, self._heard, role=WORKER_ROLE)
         self._listener.start()
         self._loop.start()
-        self._life = asyncio.create_task(self._sign_of_life())
+        self._life = [asyncio.create_task(self._sign_of_life()), asyncio.create_task(self._await_store())]
 
     async def _load(self) -> None:
         started = time.monotonic()
@@ -113,7 +120,9 @@ class Replica:
             return
         await self._workers.enter(self.worker, self.family, "draining")
         await self._loop.drain(seconds)
-        self._life.cancel()
+        for task in self._life:
+            task.cancel()
+        await asyncio.wait([asyncio.create_task(cleaned())], timeout=CLEAN_SECONDS)
         await self._listener.close()
         await self._notifier.close()
         if self.engine is not None:
@@ -134,34 +143,43 @@ class Replica:
             except Exception as error:
                 log.warning("sign_of_life_failed", error=type(error).__name__)
 
+    async def _await_store(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.renew_seconds)
+            if self._storing.away and self._loop is not None and await self._storing.is_back(str(self.worker)):
+                self._loop.wake()
+
     async def _work(self, held: Held) -> None:
         """One job, from claim to end."""
-        # `unknown` stays when the end could not be written and may or may not have been: then the files are not ours
+        # `UNKNOWN` stays when the end could not be written and may or may not have been: then the files are not ours
         # to delete, since a committed row may speak of them
-        claim, outcome = held.claim, "unknown"
+        claim, outcome = held.claim, Outcome.UNKNOWN
         started = time.monotonic()
+        count = partial(self.metrics.previewed, self.family)
+        previews = Previews(held, self.settings.preview_seconds, self._blobs, count)
         try:
-            generation, assets = await self._make(held)
-            outcome = "completed" if await self._finish(held, generation, assets) else "lost"
+            generation, assets = await self._make(held, previews)
+            outcome = Outcome.COMPLETED if await self._finish(held, generation, assets) else Outcome.LOST
         except GenerationError as error:
             outcome = await self._endings.failed(held, error)
             self.metrics.job_failed(self.family, error.code, outcome)
         finally:
-            if outcome not in ("completed", "unknown"):
+            previews.end()
+            if outcome not in (Outcome.COMPLETED, Outcome.UNKNOWN):
                 await self._storing.discard(claim)
             self._notifier.job(claim.job_id)
             self._notifier.queue("callbacks")
             self.metrics.job_ended(self.family, claim.job, outcome, time.monotonic() - started)
             log.info("job_ended", job_id=str(claim.job_id), attempt=claim.attempt, outcome=outcome)
 
-    async def _make(self, held: Held) -> tuple[Generation, list[NewAsset]]:
+    async def _make(self, held: Held, previews: Previews) -> tuple[Generation, list[NewAsset]]:
         assert self.engine is not None
-        request = await self._request(held.claim)
+        request = replace(await self._request(held), snapshots=previews.snapshots)
         ticket = self.engine.submit(request)
         held.on_stop = ticket.cancel
         if held.stop_reason is not None:
             ticket.cancel()
-        generation = await self._watched(held, ticket)
+        generation = await self._watched(held, ticket, previews)
         held.report("encode_media")
         model_name = self.engine.model.model_name
         try:
@@ -173,7 +191,8 @@ class Replica:
             held.claim, files, generation.settings, model_name, lambda: _raise_if_stopped(held)
         )
 
-    async def _request(self, claim: Claim) -> GenerationRequest:
+    async def _request(self, held: Held) -> GenerationRequest:
+        claim = held.claim
         params = GenerationParams.model_validate(claim.job["params"])
         enhanced = claim.job["enhanced_prompt"]
         if enhanced:
@@ -181,14 +200,14 @@ class Replica:
         reference = None
         if params.reference is not None:
             try:
-                reference = await self._blobs.get(params.reference.bucket, params.reference.key)
+                reference = await self._storing.read(
+                    params.reference.bucket, params.reference.key, lambda: _raise_if_stopped(held)
+                )
             except BlobNotFound as error:
                 raise ReferenceGone("the stored reference image is gone") from error
-            except StorageUnavailable as error:
-                raise StorageFailed("the reference image can't be read") from error
-        return GenerationRequest(str(claim.job_id), params, reference)
+        return GenerationRequest(str(claim.job_id), params, reference, claim.batch_size)
 
-    async def _watched(self, held: Held, ticket: Ticket) -> Generation:
+    async def _watched(self, held: Held, ticket: Ticket, previews: Previews) -> Generation:
         result = asyncio.create_task(ticket.result())
         while not result.done():
             await asyncio.wait({result}, timeout=WATCH_SECONDS)
@@ -200,6 +219,7 @@ class Replica:
                 progress.of if denoising else None,
                 progress.activity,
             )
+            previews.look()
         return result.result()
 
     async def _finish(self, held: Held, generation: Generation, assets: list[NewAsset]) -> bool:

@@ -12,12 +12,15 @@ import structlog
 
 from db.blobs import BlobStore
 from db.callbacks import Callbacks
+from db.erasures import Erasures
 from db.notify import QUEUE_CHANNEL, Listener, Notifier
 from db.pool import WORKER_ROLE, open_pool
 from db.queue import Queue
+from db.retention import Retention
 from deployments.callbacks import Deliverer
 from deployments.egress import Egress
 from deployments.enhancer import Enhancer, EnhanceRequest
+from deployments.erasure import Erasure
 from deployments.logs import configure_logs
 from deployments.metrics import Metrics
 from deployments.replica import Replica
@@ -128,7 +131,7 @@ class CallbackDeliverer(_Duty):
 
 
 class UpkeepDuty(_Duty):
-    """Looks after leases, deadlines, delays and retention."""
+    """Looks after leases, deadlines, delays, retention, orphaned files, and erasures that others left behind."""
 
     async def __init__(self, shared: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         await self._open(shared, "ourvidz upkeep")
@@ -139,15 +142,18 @@ class UpkeepDuty(_Duty):
             await asyncio.to_thread(settings.postgres)
 
         own = revive if settings.embedded_postgres is not None else None
-        upkeep = Upkeep(Queue(self.pool), self._notifier, settings.event_retention_days, own)
+        retention = Retention(self.pool, settings.retention_policy())
+        upkeep = Upkeep(Queue(self.pool), self._notifier, retention, own)
         self.task = asyncio.create_task(upkeep.run(self.settings.upkeep_seconds, self.stopping))
-        sweep = Sweep(BlobStore.from_url(self.settings.blobs()), Queue(self.pool), self.settings.orphan_grace_seconds)
-        self._sweeping = asyncio.create_task(self._sweep(sweep))
+        blobs = BlobStore.from_url(self.settings.blobs())
+        sweep = Sweep(blobs, Queue(self.pool), self.settings.orphan_grace_seconds)
+        self._sweeping = asyncio.create_task(self._sweep(sweep, Erasure(Erasures(self.pool), blobs)))
 
-    async def _sweep(self, sweep: Sweep) -> None:
+    async def _sweep(self, sweep: Sweep, erasure: Erasure) -> None:
         while True:
             await asyncio.sleep(self.settings.sweep_seconds)
             try:
+                await erasure.resume()
                 await sweep.once()
             except Exception as error:  # the next round tries again; jobs don't wait for this duty
                 log.warning("sweep_failed", error=type(error).__name__)

@@ -17,6 +17,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from db import embedded
+from db.retention import RetentionPolicy
 from deployments.destinations import AllowedHost, EgressPolicy
 from models.profile import Profile, load_profile
 
@@ -88,8 +89,17 @@ class Settings(BaseSettings):
     upkeep_seconds: float = Field(
         2, ge=0.1, le=60, description="How often leases, deadlines and delays are looked after."
     )
+    preview_seconds: float = Field(
+        1, ge=0.2, le=60, description="Least time between two previews of a job that asked for previews."
+    )
     drain_seconds: float = Field(
         30, ge=0, le=7200, description="How long a stopping replica lets its job finish before it hands it back."
+    )
+    store_patience_seconds: float = Field(
+        60, ge=0, le=240, description="How long a replica keeps finished work in hand while the object store is away."
+    )
+    store_outage_seconds: float = Field(
+        3600, ge=0, le=7 * 86400, description="How long the object store may be away before jobs fail for it."
     )
     max_attempts: int = Field(3, ge=1, le=20, description="Failed runs and lost leases that a job may have.")
     max_body_bytes: int = Field(1_000_000, ge=1000, description="Largest request body.")
@@ -97,7 +107,17 @@ class Settings(BaseSettings):
     max_reference_pixels: int = Field(40_000_000, ge=1000, description="Most pixels of a reference image.")
     sweep_seconds: float = Field(600, ge=1, description="How often the object store is searched for orphaned files.")
     orphan_grace_seconds: float = Field(3600, ge=0, description="How old a file that nothing speaks of must be to go.")
-    event_retention_days: int = Field(30, ge=1, description="How long job events and delivery logs are kept.")
+    event_retention_days: int = Field(30, ge=1, le=36500, description="How long the events of ended jobs are kept.")
+    delivery_retention_days: int = Field(
+        30, ge=1, le=36500, description="How long the log of each try to deliver a callback is kept."
+    )
+    job_retention_days: int | None = Field(
+        None,
+        ge=2,
+        le=36500,
+        description="How many days after their end `ourvidz archive` takes jobs out of the database. Empty: they are "
+        "kept for ever. Nothing but that command deletes old jobs, and none that it has not written.",
+    )
 
     @field_validator("egress_allow", "callback_schedule", mode="before")
     @classmethod
@@ -163,6 +183,10 @@ class Settings(BaseSettings):
     def blobs(self) -> str:
         """The URL of the object store."""
         return self.blob_url or f"file://{self.state_dir / 'blobs'}"
+
+    def retention_policy(self) -> RetentionPolicy:
+        """What upkeep forgets by itself, and when."""
+        return RetentionPolicy(event_days=self.event_retention_days, delivery_days=self.delivery_retention_days)
 
     def egress_policy(self) -> EgressPolicy:
         """What callbacks and references may reach: public https, and the origins of `egress_allow`."""

@@ -6,9 +6,12 @@ winner's file, and what a loser left is found by its key.
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from itertools import chain, repeat
+from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 import structlog
@@ -20,12 +23,17 @@ from models.media import encode_mp4, encode_png, probe, thumbnail
 
 log = structlog.get_logger()
 
+T = TypeVar("T")
+
 BUCKET = "workspace-temp"  # results, under the attempt that made them
 REFERENCE_BUCKET = "reference_images"
+PROBES = "probes"  # in BUCKET, where nothing of a user is
+PATIENCE_SECONDS = 60.0  # for a store that is away, with the finished work in hand
+RETRY_SECONDS = (0.2, 1.0, 2.0, 4.0)  # between the tries; the last one over and over
 
 
 class StorageFailed(GenerationError):
-    """The object store did not take the files. Nothing was made known; the job can be run again."""
+    """The object store was away for longer than a run waits for it. Nothing was made known, and no failure counted."""
 
     code = "storage_unavailable"
     retryable = True
@@ -60,10 +68,23 @@ def encode(generation: Generation, model_name: str) -> list[EncodedFile]:
 
 
 class Storing:
-    """Puts encoded files into the object store and describes them."""
+    """Puts encoded files into the object store and describes them.
 
-    def __init__(self, blobs: BlobStore, signer: UrlSigner, callback_url_seconds: int) -> None:
+    `away` says that the store failed when it was last tried; whoever begins work that will be stored should ask
+    `is_back` first.
+    """
+
+    def __init__(
+        self,
+        blobs: BlobStore,
+        signer: UrlSigner,
+        callback_url_seconds: int,
+        patience_seconds: float = PATIENCE_SECONDS,
+    ) -> None:
+        """A store that is away is tried again for `patience_seconds`, counted anew for each attempt of a job."""
         self._blobs, self._signer, self._url_seconds = blobs, signer, callback_url_seconds
+        self._patience = patience_seconds
+        self.away = False
 
     async def put(
         self,
@@ -73,14 +94,17 @@ class Storing:
         model_name: str,
         stop: Callable[[], None],
     ) -> list[NewAsset]:
-        """Store the files of one attempt; `stop` is called between them and may raise. Raises `StorageFailed`."""
+        """Store the files of one attempt; `stop` is called before every try and may raise. Raises `StorageFailed`."""
+        until = time.monotonic() + self._patience
         prefix = attempt_prefix(claim.job["user_id"], claim.job_id, claim.attempt)
         assets = []
         for index, file in enumerate(files):
             key, thumbnail_key = f"{prefix}{index}.{file.extension}", f"{prefix}{index}.thumb.webp"
-            stop()
-            await self._put(key, file.data, file.facts.mime_type)
-            await self._put(thumbnail_key, file.thumbnail, "image/webp")
+            for name, data, kind in (
+                (key, file.data, file.facts.mime_type),
+                (thumbnail_key, file.thumbnail, "image/webp"),
+            ):
+                await self._patiently(partial(self._blobs.put, BUCKET, name, data, kind), until, stop)
             assets.append(
                 NewAsset(
                     id=uuid4(),
@@ -103,16 +127,37 @@ class Storing:
         stop()
         return assets
 
-    async def _put(self, key: str, data: bytes, mime_type: str) -> None:
-        for wait in (0.2, 1.0, 3.0, None):
+    async def read(self, bucket: str, key: str, stop: Callable[[], None]) -> bytes:
+        """A blob that a job needs, as patiently. Raises `BlobNotFound`, `StorageFailed`."""
+        until = time.monotonic() + self._patience
+        return await self._patiently(partial(self._blobs.get, bucket, key), until, stop)
+
+    async def _patiently(self, work: Callable[[], Awaitable[T]], until: float, stop: Callable[[], None]) -> T:
+        waits = chain(RETRY_SECONDS, repeat(RETRY_SECONDS[-1]))
+        while True:
+            stop()
             try:
-                await self._blobs.put(BUCKET, key, data, mime_type)
-                return
+                done = await work()
             except StorageUnavailable as error:
-                if wait is None:
-                    raise StorageFailed("the object store refused a file") from error
-                log.warning("store_retried", key=key)
-                await asyncio.sleep(wait)
+                self.away = True
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise StorageFailed("the object store is not available") from error
+                log.warning("store_retried", seconds_left=round(left, 1))
+                await asyncio.sleep(min(next(waits), left))
+            else:
+                self.away = False
+                return done
+
+    async def is_back(self, name: str) -> bool:
+        """Try a store that was away with a small file of that name, which is deleted again."""
+        try:
+            await self._blobs.put(BUCKET, f"{PROBES}/{name}.json", b"{}", "application/json")
+            await self._blobs.delete(BUCKET, [f"{PROBES}/{name}.json"])
+        except StorageUnavailable:
+            return False
+        self.away = False
+        return True
 
     async def discard(self, claim: Claim) -> None:
         """Delete what this attempt stored, because nothing will speak of it. Best effort; a sweep finds the rest."""

@@ -1,8 +1,9 @@
 """The sweep: files that nothing speaks of and nothing ever will.
 
 A replica that dies while it stores, or loses its lease, leaves files under its attempt; the API that dies between a
-reference image and its job's row leaves the image. Each is found by its key, and deleted once it is older than the
-grace time. A file whose key is of no form that we make is left alone and counted.
+reference image and its job's row leaves the image; and a preview is spoken of only while its attempt runs. Each is
+found by its key, and deleted once it is older than the grace time. A file whose key is of no form that we make is left
+alone.
 """
 
 from collections.abc import AsyncIterator, Iterable
@@ -13,6 +14,7 @@ import structlog
 
 from db.blobs import BlobInfo, BlobStore
 from db.queue import Queue
+from deployments.previews import is_preview
 from deployments.storing import BUCKET, REFERENCE_BUCKET
 
 log = structlog.get_logger()
@@ -32,7 +34,10 @@ class Sweep:
         async for page in self._pages(BUCKET):
             attempts = {info.key: _attempt_of(info.key) for info in page}
             live = await self._queue.live_attempts({attempt for attempt in attempts.values() if attempt})
-            deleted += await self._delete(BUCKET, (k for k, a in attempts.items() if a is not None and a not in live))
+            # the winner's results stay, and its previews go: they are of a running job only
+            shown = await self._queue.running_attempts({a for k, a in attempts.items() if a and is_preview(k)})
+            orphans = (k for k, a in attempts.items() if a and a not in (shown if is_preview(k) else live))
+            deleted += await self._delete(BUCKET, orphans)
         async for page in self._pages(REFERENCE_BUCKET):
             jobs = {info.key: _job_of_reference(info.key) for info in page}
             known = await self._queue.known_jobs({job for job in jobs.values() if job})

@@ -13,9 +13,12 @@ from db.jobs import Status
 from db.notify import Notifier
 from db.pool import DATABASE_FAULTS
 from db.queue import CancelReason, Queue, Requeue, Settlement
+from db.retention import Retention
 from deployments.claims import backoff
 
 log = structlog.get_logger()
+
+PRUNE_EVERY = 100  # rounds; in each round while there is a backlog, a batch at a time, so that leases don't wait for it
 
 
 class Upkeep:
@@ -25,21 +28,21 @@ class Upkeep:
         self,
         queue: Queue,
         notifier: Notifier,
-        retention_days: int,
+        retention: Retention,
         revive: Callable[[], Awaitable[object]] | None = None,
     ) -> None:
         """`revive` is called when the database is away: it may start the embedded one, which nobody else watches."""
-        self._queue, self._notifier, self._retention_days = queue, notifier, retention_days
+        self._queue, self._notifier, self._retention = queue, notifier, retention
         self._revive = revive
 
     async def run(self, every_seconds: float, stop: asyncio.Event) -> None:
         """Do everything, over and over, until `stop`. A database that is away is waited for."""
-        rounds = 0
+        rounds, more = 0, False
         while not stop.is_set():
             try:
                 await self.once()
-                if rounds % 100 == 0:
-                    await self._queue.prune(self._retention_days)
+                if more or rounds % PRUNE_EVERY == 0:
+                    more = await self._retention.prune()
                 rounds += 1
             except DATABASE_FAULTS as error:
                 log.warning("upkeep_failed", error=type(error).__name__)

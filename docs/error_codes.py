@@ -14,7 +14,7 @@ from pathlib import Path
 from starlette.exceptions import HTTPException
 
 from db.blobs import StorageUnavailable
-from db.jobs import IdempotencyConflict, IdempotencyInFlight
+from db.idempotency import IdempotencyConflict, IdempotencyInFlight
 from deployments import destinations, enhancer, replica, storing
 from models import answers, generation, params
 from models.catalog import UnknownJobType
@@ -36,6 +36,10 @@ ENDINGS = {
     "internal": ("yes", "Something escaped the replica's own handling. The job is run again while its budget lasts."),
     "deadline_exceeded": ("no", "`deadline_seconds` passed, while the job waited or ran."),
     "start_deadline_exceeded": ("no", "`start_deadline_seconds` passed before the first claim."),
+    "claim_unheard": (
+        "",
+        "Only in the history: a replica lost the connection while it claimed the job, and put it back. Costs nothing.",
+    ),
     "drained": ("", "Only in the history: a replica that stops handed the job back. Costs nothing of the budget."),
 }
 FIELD_CODES = {

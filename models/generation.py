@@ -21,6 +21,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from models.params import GenerationParams
+from models.preview import Snapshots
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,11 +73,17 @@ class DeviceBroken(GenerationError):
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One job as the model sees it. `reference` holds the encoded bytes of `params.reference`, if there is one."""
+    """One job as the model sees it. `reference` holds the encoded bytes of `params.reference`, if there is one.
+
+    `batch_size` is how many of its images may be made at a time; None: all of them. `snapshots` gets copies of the
+    latents, where previews are wanted.
+    """
 
     job_id: str
     params: GenerationParams
     reference: bytes | None = None
+    batch_size: int | None = None
+    snapshots: Snapshots | None = None
 
 
 @dataclass(frozen=True)
@@ -123,9 +130,11 @@ class Model(Protocol):
 _DEVICE_FAULTS: Mapping[str, type[GenerationError]] = {
     "out of memory": OutOfMemory,
     "CUBLAS_STATUS_ALLOC_FAILED": OutOfMemory,
+    "DefaultCPUAllocator": OutOfMemory,
     "CUDA error": DeviceBroken,
     "device-side assert": DeviceBroken,
     "CUDNN_STATUS_EXECUTION_FAILED": DeviceBroken,
+    "CUBLAS_STATUS_EXECUTION_FAILED": DeviceBroken,
 }
 
 
@@ -143,6 +152,8 @@ def as_generation_error(error: BaseException) -> GenerationError:
         for sign, kind in _DEVICE_FAULTS.items():
             if sign in str(error):
                 return kind(_first_line(error))
+        if isinstance(error, torch.AcceleratorError):  # of a runtime that words it otherwise
+            return DeviceBroken(_first_line(error))
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {PurePath(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     return GenerationFailed(f"{type(error).__name__}{place}")

@@ -74,6 +74,7 @@ class GivenParams(BaseModel):
     reference: Reference | None = None
     compel_enabled: bool | None = None
     content_mode: ContentMode | None = None
+    previews: bool | None = None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -88,7 +89,7 @@ class GenerationParams(BaseModel):
     """Everything a pipeline needs to know, complete and checked; what a job's row keeps.
 
     Sizes in pixels, `frames` 1 for images, `fps` None for images, `shift` None where the family has none.
-    `seed` None is drawn by whoever accepts the job. Image i of several uses seed + i.
+    `seed` None is drawn by whoever accepts the job. Image i of several uses seed + i. `previews` changes no pixel.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -108,6 +109,7 @@ class GenerationParams(BaseModel):
     reference: Reference | None = None
     compel_enabled: bool = False
     content_mode: ContentMode = "sfw"
+    previews: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ class _Resolution:
             "reference": given.reference,
             "compel_enabled": self._compel(),
             "content_mode": given.content_mode or "sfw",
+            "previews": bool(given.previews),
         }
         if self.errors:
             raise InvalidParams(self.errors)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.metadata
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -23,12 +22,12 @@ from models.generation import (
     ModelLoadFailed,
     Phase,
 )
-from models.libraries import quiet_libraries
+from models.libraries import library_versions, quiet_libraries
 from models.params import GenerationParams
+from models.preview import Snapshots
 from models.profile import ModelSpec
 
 SEED_RANGE = 2**63
-_LIBRARIES = ("torch", "diffusers", "transformers")
 
 
 class PipelineModel(ABC):
@@ -103,7 +102,7 @@ class PipelineModel(ABC):
         if request.params.seed is None:
             raise InvalidInput("the request has no seed")
         with torch.no_grad(), self._attention():
-            watch = Stopwatch(control, self.device)
+            watch = Stopwatch(control, self.device, request.snapshots)
             try:
                 return self._generate(request, watch)
             except BaseException:
@@ -173,17 +172,20 @@ class PipelineModel(ABC):
             "dtype": self.spec.dtype,
             "offload": self.spec.offload,
             "attention": self.spec.attention,
-            "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+            "libraries": dict(library_versions()),
         }
 
 
 class Stopwatch:
-    """Measures the phases of one generation while it reports them to the caller's `Control`."""
+    """Measures the phases of one generation while it reports them to the caller's `Control`, and its latents to
+    `snapshots`."""
 
-    def __init__(self, control: Control, device: str) -> None:
+    def __init__(self, control: Control, device: str, snapshots: Snapshots | None = None) -> None:
         self._control = control
         self._device = device
+        self._snapshots = snapshots
         self._phase: str | None = None
+        self._batch, self._batches = 0, 1
         self._started = self._phase_started = time.perf_counter()
         self._timings_ms: dict[str, float] = {}
 
@@ -192,10 +194,18 @@ class Stopwatch:
         self._phase = name
         self._control.phase(name)
 
+    def batch(self, number: int, of: int) -> None:
+        """The denoising of a batch begins, the first being 0: steps are counted through all of them."""
+        self._batch, self._batches = number, of
+        self.phase("denoise")
+
     def on_step_end(self, pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """The `callback_on_step_end` of every diffusers pipeline; the decode begins after the last step."""
         done, of = index + 1, pipeline.num_timesteps
-        self._control.step(done, of)
+        through, all_steps = self._batch * of + done, self._batches * of
+        self._control.step(through, all_steps)
+        if self._snapshots is not None:
+            self._snapshots.offer(tensors["latents"], through, all_steps)
         if done == of:
             self.phase("decode")
         return tensors
@@ -213,7 +223,8 @@ class Stopwatch:
             torch.cuda.synchronize()  # kernels run behind; without this the last phase pays for all
         now = time.perf_counter()
         if self._phase is not None:
-            self._timings_ms[self._phase] = round((now - self._phase_started) * 1000, 3)
+            before = self._timings_ms.get(self._phase, 0.0)
+            self._timings_ms[self._phase] = round(before + (now - self._phase_started) * 1000, 3)
         self._phase, self._phase_started = None, now
 
 

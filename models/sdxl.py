@@ -1,7 +1,8 @@
 """SDXL: images from text, or from text and a reference image, in batches of up to six.
 
 A request runs through the stock pipelines of diffusers, so its pixels are those of the stock pipeline with the
-same parameters. Image i of a batch has a generator of its own with seed + i.
+same parameters. Image i of a request has a generator of its own with seed + i, so it may be made in a batch with the
+others or alone: it differs by rounding at most, since kernels add up in another order for another batch size.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ log = structlog.get_logger()
 
 MAX_REFERENCE_BYTES = 32 * 1024 * 1024
 MAX_REFERENCE_PIXELS = 50_000_000
+SMALLER_BATCH = "oom: an earlier run had no room for a larger batch"
 
 SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
@@ -86,15 +88,18 @@ class SDXL(PipelineModel):
             raise InvalidInput("SDXL makes images, not video")
         if (params.reference is None) is not (request.reference is None):
             raise InvalidInput("a reference needs both its parameters and its bytes")
-        scheduler = self._scheduler(params)
+        pipeline = self._pipeline if request.reference is None else self._image_to_image
+        own = self._copy(pipeline, self._scheduler(params))
         seeds = seeds_from(params.seed or 0, params.num_images)
-        own = self._copy(self._pipeline if request.reference is None else self._image_to_image, scheduler)
-        settings = self._settings(own, params) | {"seeds": seeds}
+        size = min(request.batch_size or params.num_images, params.num_images)
+        settings = self._settings(own, params) | {
+            "seeds": seeds,
+            "batch_size": size,
+            "batch_reason": SMALLER_BATCH if size < params.num_images else None,
+        }
         arguments: dict[str, Any] = {
             "num_inference_steps": params.steps,
             "guidance_scale": params.guidance_scale,
-            "num_images_per_prompt": params.num_images,
-            "generator": generators(seeds),
             "callback_on_step_end": watch.on_step_end,
             "output_type": "np",
         }
@@ -106,11 +111,16 @@ class SDXL(PipelineModel):
             arguments |= self._start_from(request.reference, params, settings)
         arguments |= self._encode(own, params, settings)
 
-        watch.phase("denoise")
-        images = own(**arguments).images
+        pictures: list[Image] = []
+        batches = [seeds[first : first + size] for first in range(0, len(seeds), size)]
+        for number, batch in enumerate(batches):
+            own = self._copy(pipeline, self._scheduler(params))
+            watch.batch(number, len(batches))
+            images = own(**arguments, num_images_per_prompt=len(batch), generator=generators(batch)).images
+            pictures += _to_pictures(images)
         settings["denoise_steps"] = own.num_timesteps
         return Generation(
-            images=_to_pictures(images),
+            images=pictures,
             frames=None,
             fps=None,
             seeds=seeds,

@@ -23,12 +23,25 @@ from deployments.serving import (
 from deployments.settings import GENERATED, Settings
 from models.catalog import Family
 from serve_app import events
-from serve_app.api import endpoints, enhancement, files, functions, health, jobs, keys, operations, problems, providers
+from serve_app.api import (
+    endpoints,
+    enhancement,
+    files,
+    functions,
+    health,
+    jobs,
+    keys,
+    operations,
+    problems,
+    providers,
+    users,
+)
 from serve_app.api.limits import BodyLimit
 from serve_app.api.wire import CallbackBody
 from serve_app.bootstrap import prepare
 from serve_app.edge import open_edge
 from serve_app.version import VERSION
+from serve_app.watches import Watches
 
 DESCRIPTION = """Images and video from durable, called-back jobs on your own GPUs.
 
@@ -62,7 +75,7 @@ def api(settings: Settings, enhancer: Any = None) -> FastAPI:
         separate_input_output_schemas=False,
     )
     problems.install(app)
-    for module in (jobs, keys, endpoints, files, operations, functions, enhancement, providers, health):
+    for module in (jobs, keys, users, endpoints, files, operations, functions, enhancement, providers, health):
         app.include_router(module.router, responses=problems.DOCUMENTED)
     app.webhooks.include_router(callbacks)
     _document_problems(app)
@@ -92,12 +105,12 @@ def event_streams(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with open_edge(settings) as edge:
+        async with open_edge(settings, name="ourvidz events") as edge:
             app.state.edge = edge
-            app.state.bell = events.Bell(await asyncio.to_thread(settings.postgres))
-            app.state.bell.start()
+            app.state.watches = Watches(edge, await asyncio.to_thread(settings.postgres))
+            app.state.watches.start()
             yield
-            await app.state.bell.close()
+            await app.state.watches.close()
 
     app = FastAPI(title="ourvidz-serve events", version=VERSION, lifespan=lifespan)
     problems.install(app)

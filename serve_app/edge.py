@@ -48,10 +48,10 @@ class Edge:
 
 
 @asynccontextmanager
-async def open_edge(settings: Settings, enhancer: Any = None) -> AsyncIterator[Edge]:
-    """Connect, and close at the end. Raises `DatabaseUnavailable`, `SettingsError`."""
+async def open_edge(settings: Settings, enhancer: Any = None, name: str = "ourvidz api") -> AsyncIterator[Edge]:
+    """Connect, by that name in Postgres, and close at the end. Raises `DatabaseUnavailable`, `SettingsError`."""
     url = await asyncio.to_thread(settings.postgres)
-    pool = await open_pool(url, min_size=2, max_size=20, name="ourvidz api")
+    pool = await open_pool(url, min_size=2, max_size=20, name=name)
     notifier = Notifier(pool)
     try:
         yield Edge(

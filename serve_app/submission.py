@@ -1,12 +1,11 @@
 """Accepting a job: from what a caller said, in whatever dialect, to a row. The order of the checks is the order
-of the code; nothing is stored before all of them have passed, but for the reference image just before the row.
+of the code; nothing is stored before all of them have passed, but for reference images just before the row.
 """
 
-import asyncio
 import contextlib
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -14,24 +13,21 @@ from uuid import UUID
 from uuid6 import uuid7
 
 from db.access import Principal
-from db.blobs import StorageUnavailable
-from db.jobs import Accepted, NewJob, Stage, canonical_body
+from db.idempotency import canonical_body
+from db.jobs import Accepted, NewJob, Stage
+from db.pool import CONNECTION_FAULTS
 from deployments.destinations import EgressError
 from deployments.storing import REFERENCE_BUCKET
 from models.catalog import Family, FamilyDefaults, JobType, resolve
-from models.media import open_reference
-from models.params import FieldError, GenerationParams, GivenParams, InvalidParams, Reference, resolve_params
+from models.params import FieldError, GenerationParams, GivenParams, InvalidParams, Resolved, resolve_params
 from models.policy import check_prompt
 from models.profile import ModelSpec
-from serve_app.api.problems import Problem
-from serve_app.api.wire import Adjusted
+from serve_app.api.problems import Problem, problem_of
+from serve_app.api.wire import Adjusted, FieldProblem
 from serve_app.edge import Edge
+from serve_app.references import forget_references, keep_reference
 
-REFERENCE_SECONDS = 20.0
-REFERENCE_TYPES = ("image/png", "image/jpeg", "image/webp")
 ENHANCE_SECONDS = 3.0  # of predicted work, until runs have been measured
-# decoding a large reference takes a second and hundreds of megabytes: off the event loop, and few at a time
-_decoding = asyncio.Semaphore(2)
 MAX_METADATA_BYTES = 16_384
 MAX_METADATA_DEPTH = 32
 
@@ -56,6 +52,17 @@ class Submission:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     adjustments: Sequence[Adjusted] = ()  # what was said in the caller's dialect and could not be used as given
     traceparent: str | None = None
+    job_id: UUID | None = None  # the id that another system gave it, which it keeps; else a new one
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A submission that passed every check that can be made without fetching its reference."""
+
+    job_type: JobType
+    resolved: Resolved
+    enhanced: str | None
+    enhances: bool
 
 
 async def submit(
@@ -65,7 +72,119 @@ async def submit(
     if idempotency_key is not None:
         earlier = await edge.jobs.accepted_before(user.user_id, idempotency_key, body)
         if earlier is not None:
-            return Accepted(earlier, replayed=True)
+            return earlier[0]
+    job, stored = await _prepare(edge, user, asked, await check(edge, user, asked))
+    async with _kept(edge, [stored] if stored else []) as keep:
+        accepted = await edge.jobs.accept(job, idempotency_key=idempotency_key, body=body)
+        keep(not accepted.replayed)
+    if not accepted.replayed:
+        edge.notifier.queue(job.queue)
+    return accepted
+
+
+async def submit_together(
+    edge: Edge, user: Principal, asked: Sequence[Submission], *, idempotency_key: str | None = None, body: bytes = b""
+) -> list[Accepted]:
+    """Accept several jobs, all or none. A `Problem` of one of them has `jobs.N` before its fields."""
+    if idempotency_key is not None:
+        earlier = await edge.jobs.accepted_before(user.user_id, idempotency_key, body, len(asked))
+        if earlier is not None:
+            return earlier
+    checked, jobs, stored = [], [], list[str]()
+    for n, one in enumerate(asked):
+        with _numbered(n):
+            checked.append(await check(edge, user, one))
+    async with _kept(edge, stored) as keep:
+        for n, one in enumerate(asked):
+            with _numbered(n):
+                job, key = await _prepare(edge, user, one, checked[n])
+            jobs.append(job)
+            stored += [key] if key else []
+        accepted = await edge.jobs.accept_together(jobs, idempotency_key=idempotency_key, body=body)
+        keep(not accepted[0].replayed)
+    if not accepted[0].replayed:
+        for queue in {job.queue for job in jobs}:
+            edge.notifier.queue(queue)
+    return accepted
+
+
+@contextlib.asynccontextmanager
+async def _kept(edge: Edge, references: list[str]) -> AsyncIterator[Callable[[bool], None]]:
+    """Keeps stored references if the body says so, and deletes them if not, or if it fails."""
+    keep = False
+
+    def decide(value: bool) -> None:
+        nonlocal keep
+        keep = value
+
+    try:
+        yield decide
+    except CONNECTION_FAULTS:
+        # nobody knows whether the jobs were accepted, and they would need them; where they were not, the sweep finds
+        # the files. The same holds for a caller that is gone
+        raise
+    except Exception:
+        await forget_references(edge, references)
+        raise
+    if not keep:
+        await forget_references(edge, references)
+
+
+@contextlib.contextmanager
+def _numbered(n: int) -> Iterator[None]:
+    """Problems of one job among several, with its number before the field."""
+    try:
+        yield
+    except Exception as error:
+        problem = problem_of(error)
+        if problem.status >= 500:
+            raise
+        errors = [e.model_copy(update={"field": f"jobs.{n}.{e.field}"}) for e in problem.errors]
+        errors = errors or [FieldProblem(field=f"jobs.{n}", message=problem.detail, code=problem.code)]
+        raise Problem(problem.status, problem.code, problem.detail, errors=errors) from None
+
+
+async def _prepare(edge: Edge, user: Principal, asked: Submission, checked: Checked) -> tuple[NewJob, str | None]:
+    """The row of a job, and the key of the reference that was stored for it."""
+    job_type, params, stored = checked.job_type, checked.resolved.params, None
+    if params.seed is None:
+        params = params.model_copy(update={"seed": secrets.randbelow(2**32)})
+    job_id = asked.job_id or UUID(int=uuid7().int)
+    if asked.reference_url is not None and params.reference is not None:
+        # where the id is not a new one, another job may have it, whose file must not be written over
+        name = f"{job_id}.{secrets.token_hex(8)}" if asked.job_id else str(job_id)
+        params, stored = await keep_reference(edge, asked.reference_url, f"{user.user_id}/{name}", params)
+    job = NewJob(
+        id=job_id,
+        user_id=user.user_id,
+        job_type=job_type.name,
+        format=job_type.format.value,
+        quality=job_type.quality.value,
+        model_type=job_type.family.value,
+        stage=Stage.ENHANCE if checked.enhances else Stage.GENERATE,
+        queue=Family.QWEN.value if checked.enhances else job_type.family.value,
+        cost=ENHANCE_SECONDS if checked.enhances else await predicted_seconds(edge, job_type),
+        credits=job_type.credits,
+        original_prompt=params.prompt,
+        enhanced_prompt=checked.enhanced,
+        params=params.model_dump(mode="json"),
+        content_mode=params.content_mode,
+        metadata=asked.metadata,
+        adjustments=[dict(vars(a)) for a in (*asked.adjustments, *checked.resolved.adjustments)],
+        klass=int(asked.interactive),
+        max_attempts=edge.settings.max_attempts,
+        callback_url=asked.callback_url,
+        callback_events=asked.callback_events or ("processing", "completed", "failed", "cancelled"),
+        traceparent=asked.traceparent,
+        start_after_seconds=asked.start_after_seconds,
+        start_deadline_seconds=asked.start_deadline_seconds,
+        deadline_seconds=asked.deadline_seconds,
+    )
+    return job, stored
+
+
+async def check(edge: Edge, user: Principal, asked: Submission) -> Checked:
+    """Everything that can be said of a submission before its reference is fetched. Raises as `submit` does."""
     check_metadata(asked.metadata)
     job_type = resolve(asked.job_type)
     spec = _installed(edge, job_type)
@@ -83,48 +202,7 @@ async def submit(
         check_prompt(enhanced, params.content_mode)
     enhances = _enhances(job_type, asked, params)
     await _check_callback(edge, asked)
-    if params.seed is None:
-        params = params.model_copy(update={"seed": secrets.randbelow(2**32)})
-
-    job_id = UUID(int=uuid7().int)
-    params, stored = await _keep_reference(edge, user, job_id, asked, params)
-    stage = Stage.ENHANCE if enhances else Stage.GENERATE
-    job = NewJob(
-        id=job_id,
-        user_id=user.user_id,
-        job_type=job_type.name,
-        format=job_type.format.value,
-        quality=job_type.quality.value,
-        model_type=job_type.family.value,
-        stage=stage,
-        queue=Family.QWEN.value if enhances else job_type.family.value,
-        cost=ENHANCE_SECONDS if enhances else await predicted_seconds(edge, job_type),
-        credits=job_type.credits,
-        original_prompt=params.prompt,
-        enhanced_prompt=enhanced,
-        params=params.model_dump(mode="json"),
-        content_mode=params.content_mode,
-        metadata=asked.metadata,
-        adjustments=[dict(vars(a)) for a in (*asked.adjustments, *resolved.adjustments)],
-        klass=int(asked.interactive),
-        max_attempts=edge.settings.max_attempts,
-        callback_url=asked.callback_url,
-        callback_events=asked.callback_events or ("processing", "completed", "failed", "cancelled"),
-        traceparent=asked.traceparent,
-        start_after_seconds=asked.start_after_seconds,
-        start_deadline_seconds=asked.start_deadline_seconds,
-        deadline_seconds=asked.deadline_seconds,
-    )
-    try:
-        accepted = await edge.jobs.accept(job, idempotency_key=idempotency_key, body=body)
-    except BaseException:
-        await _forget(edge, stored)
-        raise
-    if accepted.replayed:
-        await _forget(edge, stored)
-    else:
-        edge.notifier.queue(job.queue)
-    return accepted
+    return Checked(job_type, resolved, enhanced, enhances)
 
 
 async def predicted_seconds(edge: Edge, job_type: JobType) -> float:
@@ -241,32 +319,3 @@ async def _check_callback(edge: Edge, asked: Submission) -> None:
         await edge.egress.check(asked.callback_url)
     except EgressError as error:
         raise Problem(422, error.code, str(error), field="callback_url") from None
-
-
-async def _keep_reference(
-    edge: Edge, user: Principal, job_id: UUID, asked: Submission, params: GenerationParams
-) -> tuple[GenerationParams, str | None]:
-    """Fetch, look at and store the reference, so that replicas read it from us and never from the internet."""
-    if asked.reference_url is None or params.reference is None:
-        return params, None
-    settings = edge.settings
-    try:
-        fetched = await edge.egress.fetch(
-            asked.reference_url, settings.max_reference_bytes, REFERENCE_SECONDS, REFERENCE_TYPES
-        )
-    except EgressError as error:
-        raise Problem(422, error.code, str(error), field="reference_image_url") from None
-    async with _decoding:
-        await asyncio.to_thread(
-            open_reference, fetched.data, settings.max_reference_pixels, settings.max_reference_bytes
-        )
-    key = f"{user.user_id}/{job_id}.{fetched.content_type.partition('/')[2]}"
-    await edge.blobs.put(REFERENCE_BUCKET, key, fetched.data, fetched.content_type)
-    reference = Reference(**(params.reference.model_dump() | {"bucket": REFERENCE_BUCKET, "key": key}))
-    return params.model_copy(update={"reference": reference}), key
-
-
-async def _forget(edge: Edge, key: str | None) -> None:
-    if key is not None:
-        with contextlib.suppress(StorageUnavailable):
-            await edge.blobs.delete(REFERENCE_BUCKET, [key])

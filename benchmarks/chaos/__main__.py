@@ -1,7 +1,6 @@
 """`python -m benchmarks.chaos`: the fault matrix. Ends with 1 where a promise was broken."""
 
 import argparse
-import asyncio
 import json
 import random
 import shutil
@@ -13,15 +12,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx2
-
 from benchmarks.chaos.checks import violations
 from benchmarks.chaos.cluster import GRACE_SECONDS, ROOT, SWEEP_SECONDS, Cluster, NotReady, until
-from benchmarks.chaos.faults import FAULTS, Fault, Scene
+from benchmarks.chaos.faults import FAULTS, Fault
 from benchmarks.chaos.load import Load
 from benchmarks.chaos.overlay import MUTATIONS, copy_code
 from benchmarks.chaos.receiver import Receiver
-from benchmarks.chaos.record import BUCKET, Record, open_things, read_record
+from benchmarks.chaos.record import BUCKET, Record, open_things, orphans, read_record
+from benchmarks.chaos.rows import Rows
+from benchmarks.chaos.scene import Scene
 
 JOBS, SHORT_JOBS = 500, 15
 SHORT_FAULTS = ("kill-replica", "pause-replica")
@@ -60,11 +59,13 @@ class Result:
         self.orphans = len(record.orphans())
 
 
-def run_fault(fault: Fault, cluster: Cluster, receiver: Receiver, jobs: int, seed: int, short: bool) -> Result:
+def run_fault(
+    fault: Fault, cluster: Cluster, receiver: Receiver, rows: Rows, jobs: int, seed: int, short: bool
+) -> Result:
     """Load and fault together, then quiet, then the look at what is left."""
-    result, started = Result(fault), time.monotonic()
+    result, started, bucket = Result(fault), time.monotonic(), cluster.blobs / BUCKET
     load = Load(cluster, f"{receiver.origin}/{fault.name}", fault.name, jobs, seed)
-    scene = Scene(cluster, receiver, random.Random(f"{seed} {fault.name}"), short)
+    scene = Scene(cluster, receiver, load, rows, random.Random(f"{seed} {fault.name}"), short)
     load.start()
     try:
         fault.strike(scene)
@@ -72,39 +73,34 @@ def run_fault(fault: Fault, cluster: Cluster, receiver: Receiver, jobs: int, see
         result.violations.append(f"the cluster did not recover: {error}")
     finally:
         load.finish()
-    _wait_quiet(cluster, fault)
-    until(lambda: not _record(cluster, fault).orphans(), SETTLE_SECONDS)  # a loser deletes its files after its row
-    record = asyncio.run(read_record(cluster, fault.name, receiver.kept()))
+    _wait_quiet(rows, fault)
+    until(lambda: not orphans(rows, bucket), SETTLE_SECONDS, every=0.5)  # a loser deletes its files after its row
+    record = read_record(rows, bucket, fault.name, receiver.kept())
     result.accepted = len(load.accepted)
     result.answers, result.strikes = load.answers, scene.strikes
     result.violations += load.refused + violations(record, load.accepted, fault.receiver_fails)
+    if result.accepted < jobs:
+        result.violations.append(f"only {result.accepted} of {jobs} jobs were accepted")
     result.count(record)
     result.seconds = time.monotonic() - started
     return result
 
 
-def _wait_quiet(cluster: Cluster, fault: Fault) -> None:
+def _wait_quiet(rows: Rows, fault: Fault) -> None:
     def quiet() -> bool:
         try:
-            return asyncio.run(open_things(cluster, fault.name)) == 0
+            return open_things(rows, fault.name) == 0
         except Exception:  # the database may still be on its way back; the checks will say if it is not
             return False
 
     until(quiet, QUIET_SECONDS, every=0.5)
 
 
-def _record(cluster: Cluster, fault: Fault) -> Record:
-    return asyncio.run(read_record(cluster, fault.name, []))
-
-
-def _left_orphans(cluster: Cluster, results: list[Result]) -> list[str]:
+def _left_orphans(cluster: Cluster, rows: Rows) -> list[str]:
     """Files that nothing speaks of, once the grace time and a sweep have passed."""
-
-    def orphans() -> list[str]:
-        return sorted(key for result in results for key in _record(cluster, result.fault).orphans())
-
-    until(lambda: not orphans(), GRACE_SECONDS + 3 * SWEEP_SECONDS, every=1)
-    return [f"orphan past the grace time: {BUCKET}/{key}" for key in orphans()]
+    bucket = cluster.blobs / BUCKET
+    until(lambda: not orphans(rows, bucket), GRACE_SECONDS + 3 * SWEEP_SECONDS, every=2)
+    return [f"orphan past the grace time: {BUCKET}/{key}" for key in sorted(orphans(rows, bucket))]
 
 
 def _counts(counter: Counter[str]) -> str:
@@ -168,22 +164,31 @@ def main() -> int:
     folder.chmod(0o755)  # as root, Postgres runs as another user, who must be able to pass
     receiver = Receiver()
     cluster = Cluster(folder, receiver.origin, copy_code(ROOT, folder / "code", asked.mutation))
+    rows = cluster.rows()
     results: list[Result] = []
     broken: list[str] = []
     try:
         cluster.start()
-        headers = {"Authorization": f"Bearer {cluster.key()}"}
-        receiver.trust(httpx2.get(f"{cluster.api}/v1/callbacks/secret", headers=headers, timeout=30).json()["secret"])
+        receiver.trust(cluster.callback_secret())
         for fault in [fault for name in chosen for fault in FAULTS if fault.name == name]:
-            result = run_fault(fault, cluster, receiver, jobs, asked.seed, asked.short)
+            result = run_fault(fault, cluster, receiver, rows, jobs, asked.seed, asked.short)
             results.append(result)
-            outcome = json.dumps({"fault": fault.name, "violations": len(result.violations), "strikes": result.strikes})
+            outcome = json.dumps(
+                {
+                    "fault": fault.name,
+                    "jobs": result.accepted,
+                    "violations": len(result.violations),
+                    "seconds": round(result.seconds),
+                    "strikes": result.strikes,
+                }
+            )
             print(outcome, flush=True)
             cluster.wait_ready()
-        broken = _left_orphans(cluster, results)
+        broken = _left_orphans(cluster, rows)
     except NotReady as error:
         broken.append(str(error))
     finally:
+        rows.close()
         cluster.stop()
         receiver.close()
     show(results)

@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import httpx2
 import psutil
 import yaml
 
+from benchmarks.chaos.rows import Rows
 from db import embedded
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+APPLICATIONS = ("ourvidz", "ourvidz-events")
 READY_SECONDS = 180.0
 LEASE_SECONDS = 6.0
 GRACE_SECONDS = 25.0  # of files that nothing speaks of
@@ -92,6 +93,12 @@ class Cluster:
         """The admin's API key."""
         return (self.state / "admin-key").read_text().strip()
 
+    def callback_secret(self) -> str:
+        """What the admin's callbacks are signed with."""
+        headers = {"Authorization": f"Bearer {self.key()}"}
+        answer = httpx2.get(f"{self.api}/v1/callbacks/secret", headers=headers, timeout=30)
+        return str(answer.raise_for_status().json()["secret"])
+
     def start(self) -> None:
         """Start everything and wait until it serves; tries again where the last cluster still counts as alive."""
         end = time.monotonic() + READY_SECONDS
@@ -159,7 +166,7 @@ class Cluster:
         for process in self.processes():
             with contextlib.suppress(psutil.Error, IndexError):
                 name = process.cmdline()[0].removeprefix("ray::")
-                if name.startswith(f"{title}") or name.startswith(f"ServeReplica:ourvidz:{title}"):
+                if name.startswith((title, *(f"ServeReplica:{application}:{title}" for application in APPLICATIONS))):
                     found.append(process)
         return found
 
@@ -180,16 +187,9 @@ class Cluster:
                     raise
                 time.sleep(0.3)
 
-    async def query(self, sql: str, *arguments: Any) -> list[asyncpg.Record]:
-        """Rows, over a connection of the moment."""
-        url = f"postgresql://postgres@/ourvidz?host={self.data}"
-        connection = await asyncpg.connect(url, timeout=5)
-        try:
-            await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
-            rows: list[asyncpg.Record] = await connection.fetch(sql, *arguments, timeout=20)
-            return rows
-        finally:
-            await connection.close(timeout=2)
+    def rows(self) -> Rows:
+        """A reader of the database, for one thread; close it."""
+        return Rows(self.data)
 
     def kill_everything(self) -> None:
         """SIGKILL to all of the cluster and to Postgres."""

@@ -1,43 +1,17 @@
-"""What is done to the cluster. Each fault strikes at random times from its seed, and is over in bounded time."""
+"""What is done to the cluster. Each fault strikes at random points of the flow of jobs, from its seed, and is over in
+bounded time."""
 
-import asyncio
-import contextlib
-import random
 import signal
-import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
-import psutil
-
-from benchmarks.chaos.cluster import LEASE_SECONDS, Cluster, kill, stopped, until
-from benchmarks.chaos.receiver import Conduct, Receiver
+from benchmarks.chaos.cluster import kill, until
+from benchmarks.chaos.receiver import Conduct
+from benchmarks.chaos.scene import Scene
+from benchmarks.chaos.suspension import pause_replica
 
 SECOND_NODE = "second"
-RUNNERS = """SELECT DISTINCT w.pid FROM job_queue q JOIN workers w ON w.id = q.worker
-             WHERE q.state = 'running' AND q.queue = $1"""
-
-
-@dataclass
-class Scene:
-    """What a fault may touch. `strikes` keeps what it did, for the reader of a failure."""
-
-    cluster: Cluster
-    receiver: Receiver
-    random: random.Random
-    short: bool
-    started: float = field(default_factory=time.monotonic)
-    strikes: list[str] = field(default_factory=list)
-
-    def pause(self, low: float, high: float) -> None:
-        """Let the load run for a random while."""
-        threading.Event().wait(self.random.uniform(low, high))
-
-    def struck(self, what: str) -> None:
-        """Note what was done, and when."""
-        self.strikes.append(f"{time.monotonic() - self.started:.1f}s {what}")
 
 
 @dataclass(frozen=True)
@@ -52,30 +26,17 @@ class Fault:
 
 def kill_actor(title: str, times: int, scene: Scene) -> None:
     """SIGKILL one of the processes of that title, again and again; the next one only when another is there."""
-    for _ in range(1 if scene.short else times):
-        scene.pause(1, 5)
+    for _ in scene.spread(1 if scene.short else times):
         if not until(lambda: bool(scene.cluster.actors(title)), 60):
             raise TimeoutError(f"no process of {title} came back")
-        victim = _busy(scene, title) or scene.random.choice(scene.cluster.actors(title))
+        victim = scene.busy(title) or scene.random.choice(scene.cluster.actors(title))
         scene.struck(f"SIGKILL {title} {victim.pid}")
         kill([victim])
 
 
-def pause_replica(scene: Scene) -> None:
-    """SIGSTOP a replica that runs a job, until its lease is lost and another has the job; then SIGCONT."""
-    for _ in range(2 if scene.short else 3):
-        scene.pause(0.5, 3)
-        victim = _wait_busy(scene, "sdxl")
-        with stopped(victim):
-            scene.struck(f"SIGSTOP {victim.pid}")
-            scene.pause(LEASE_SECONDS + 2, LEASE_SECONDS + 5)
-        scene.struck(f"SIGCONT {victim.pid}")
-
-
 def restart_postgres(scene: Scene) -> None:
     """What `pg_ctl restart -m immediate` does: SIGQUIT to the postmaster, and a start as soon as it is gone."""
-    for _ in range(1 if scene.short else 3):
-        scene.pause(2, 6)
+    for _ in scene.spread(1 if scene.short else 4):
         postmaster = scene.cluster.postmaster()
         assert postmaster is not None
         scene.struck(f"SIGQUIT postmaster {postmaster.pid}")
@@ -87,8 +48,7 @@ def restart_postgres(scene: Scene) -> None:
 
 def kill_postgres(scene: Scene) -> None:
     """SIGKILL to the postmaster. Nobody starts it again but the cluster itself."""
-    for _ in range(1 if scene.short else 2):
-        scene.pause(2, 6)
+    for _ in scene.spread(1 if scene.short else 3):
         postmaster = scene.cluster.postmaster()
         assert postmaster is not None
         scene.struck(f"SIGKILL postmaster {postmaster.pid}")
@@ -100,24 +60,25 @@ def kill_postgres(scene: Scene) -> None:
 
 
 def refuse_writes(scene: Scene) -> None:
-    """The object store's folder is away, with a file where it was."""
-    scene.pause(2, 4)
+    """The object store's folder is away, with a file where it was: once for less time than a replica tries to store,
+    once for longer than an attempt lives."""
     blobs, away = scene.cluster.blobs, scene.cluster.blobs.with_name("blobs.away")
-    blobs.rename(away)
-    blobs.write_text("not a folder")
-    scene.struck("object store away")
-    try:
-        scene.pause(4, 5) if scene.short else scene.pause(18, 22)
-    finally:
-        blobs.unlink()
-        away.rename(blobs)
-        scene.struck("object store back")
+    spans = [(4.0, 5.0)] if scene.short else [(2.0, 4.0), (18.0, 22.0)]
+    for span, _ in zip(spans, scene.spread(len(spans)), strict=True):
+        blobs.rename(away)
+        blobs.write_text("not a folder")
+        scene.struck("object store away")
+        try:
+            scene.pause(*span)
+        finally:
+            blobs.unlink()
+            away.rename(blobs)
+            scene.struck("object store back")
 
 
 def misbehave(conduct: Conduct, scene: Scene) -> None:
     """The receiver of callbacks answers differently for some seconds."""
-    for _ in range(1 if scene.short else 2):
-        scene.pause(1, 3)
+    for _ in scene.spread(1 if scene.short else 4):
         scene.receiver.behave(conduct)
         scene.struck(f"receiver {conduct}")
         try:
@@ -129,8 +90,7 @@ def misbehave(conduct: Conduct, scene: Scene) -> None:
 
 def redeploy(scene: Scene) -> None:
     """Deploy with a changed setting: every replica is replaced, and the old ones drain."""
-    for _ in range(1 if scene.short else 2):
-        scene.pause(2, 5)
+    for _ in scene.spread(1 if scene.short else 2):
         before = {process.pid for process in scene.cluster.actors("sdxl")}
         scene.cluster.redeploy()
         scene.struck("redeploy")
@@ -169,11 +129,11 @@ def kill_second_node(scene: Scene) -> None:
 
 def kill_everything(scene: Scene) -> None:
     """SIGKILL to every process of the cluster and to Postgres; then the same command starts it again."""
-    scene.pause(3, 6)
-    scene.struck("SIGKILL everything")
-    scene.cluster.kill_everything()
-    scene.cluster.start()
-    scene.struck("started again")
+    for _ in scene.spread(1):
+        scene.struck("SIGKILL everything")
+        scene.cluster.kill_everything()
+        scene.cluster.start()
+        scene.struck("started again")
 
 
 def _replaced(scene: Scene, before: set[int]) -> bool:
@@ -181,36 +141,21 @@ def _replaced(scene: Scene, before: set[int]) -> bool:
     return bool(now) and not now & before
 
 
-def _busy(scene: Scene, queue: str) -> psutil.Process | None:
-    """A process of the queue that runs a job now, if the database tells one."""
-    with contextlib.suppress(Exception):
-        pids = {int(row["pid"]) for row in asyncio.run(scene.cluster.query(RUNNERS, queue))}
-        busy = [process for process in scene.cluster.actors(queue) if process.pid in pids]
-        return scene.random.choice(busy) if busy else None
-    return None
-
-
-def _wait_busy(scene: Scene, queue: str) -> psutil.Process:
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        victim = _busy(scene, queue)
-        if victim is not None:
-            return victim
-        time.sleep(0.02)
-    raise TimeoutError(f"no replica of {queue} had a job for 60 s")
-
-
 FAULTS = (
-    Fault("none", "nothing is done: the load alone", lambda scene: scene.pause(3, 5)),
-    Fault("kill-replica", "SIGKILL of an SDXL replica that runs a job", partial(kill_actor, "sdxl", 4)),
-    Fault("kill-enhancer", "SIGKILL of the language model's replica", partial(kill_actor, "qwen", 3)),
-    Fault("kill-api", "SIGKILL of the API's replica", partial(kill_actor, "api", 3)),
+    Fault("none", "nothing is done: the load alone", lambda scene: scene.pause(0, 1)),
+    Fault("kill-replica", "SIGKILL of an SDXL replica that runs a job", partial(kill_actor, "sdxl", 5)),
+    Fault("kill-enhancer", "SIGKILL of the language model's replica", partial(kill_actor, "qwen", 4)),
+    Fault("kill-api", "SIGKILL of the API's replica", partial(kill_actor, "api", 4)),
     Fault("kill-proxy", "SIGKILL of Serve's HTTP proxy", partial(kill_actor, "ProxyActor", 2)),
-    Fault("kill-callbacks", "SIGKILL of the callback deliverer", partial(kill_actor, "callbacks", 3)),
-    Fault("kill-upkeep", "SIGKILL of upkeep", partial(kill_actor, "upkeep", 3)),
-    Fault("kill-controller", "SIGKILL of the Serve controller", partial(kill_actor, "ServeController", 2)),
+    Fault("kill-callbacks", "SIGKILL of the callback deliverer", partial(kill_actor, "callbacks", 5)),
+    Fault("kill-upkeep", "SIGKILL of upkeep", partial(kill_actor, "upkeep", 5)),
+    Fault("kill-controller", "SIGKILL of the Serve controller", partial(kill_actor, "ServeController", 3)),
     Fault("kill-raylet", "SIGKILL of the raylet of a second node", kill_second_node),
-    Fault("pause-replica", "SIGSTOP past the lease, then SIGCONT", pause_replica),
+    Fault(
+        "pause-replica",
+        "SIGSTOP in the middle of a job until another replica has it or has ended it, then SIGCONT",
+        pause_replica,
+    ),
     Fault("postgres-restart", "Postgres restarted in immediate mode", restart_postgres),
     Fault("postgres-kill", "SIGKILL of the postmaster", kill_postgres),
     Fault("store-away", "the object store refuses writes", refuse_writes),

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos.cluster import Cluster
 from benchmarks.chaos.receiver import Receipt
+from benchmarks.chaos.rows import Rows
 
 BUCKET = "workspace-temp"
 
@@ -28,6 +28,7 @@ OPEN = """
   SELECT (SELECT count(*) FROM job_queue q JOIN jobs j ON j.id = q.job_id WHERE j.metadata->>'fault' = $1)
        + (SELECT count(*) FROM callback_outbox o JOIN jobs j ON j.id = o.job_id
           WHERE j.metadata->>'fault' = $1 AND o.state IN ('due', 'sending'))"""
+KNOWN = "SELECT unnest(ARRAY[temp_storage_path, thumbnail_path]) AS key FROM workspace_assets"
 
 Row = Mapping[str, Any]
 
@@ -50,28 +51,36 @@ class Record:
         return set(self.files) - known
 
 
-async def open_things(cluster: Cluster, fault: str) -> int:
+def open_things(rows: Rows, fault: str) -> int:
     """How many jobs and callbacks of a fault have not come to their end."""
-    return int((await cluster.query(OPEN, fault))[0][0])
+    return int(rows.fetch(OPEN, fault)[0][0])
 
 
-async def read_record(cluster: Cluster, fault: str, receipts: Sequence[Receipt]) -> Record:
+def orphans(rows: Rows, bucket: Path) -> set[str]:
+    """Files of any job that no row speaks of now. The files are looked up first: a row comes after its files."""
+    files = _keys(bucket)
+    return files - {row["key"] for row in rows.fetch(KNOWN)}
+
+
+def read_record(rows: Rows, bucket: Path, fault: str, receipts: Sequence[Receipt]) -> Record:
     """Everything about the jobs of a fault, as it is now."""
-    jobs = {row["id"]: dict(row) for row in await cluster.query(JOBS, fault)}
-    bucket = cluster.blobs / BUCKET
-    files = (path.relative_to(bucket).as_posix() for path in bucket.rglob("*") if path.is_file())
+    jobs = {row["id"]: dict(row) for row in rows.fetch(JOBS, fault)}
     by_job: dict[str, list[Receipt]] = {}
     for receipt in receipts:
         by_job.setdefault(receipt.job_id, []).append(receipt)
     return Record(
         jobs=jobs,
-        events=_by_job(await cluster.query(EVENTS, fault)),
-        assets=_by_job(await cluster.query(ASSETS, fault)),
-        callbacks=_by_job(await cluster.query(CALLBACKS, fault)),
+        events=_by_job(rows.fetch(EVENTS, fault)),
+        assets=_by_job(rows.fetch(ASSETS, fault)),
+        callbacks=_by_job(rows.fetch(CALLBACKS, fault)),
         receipts={job_id: received for job_id, received in by_job.items() if job_id in jobs},
         bucket=bucket,
-        files=frozenset(key for key in files if key.split("/")[1] in jobs),
+        files=frozenset(key for key in _keys(bucket) if key.split("/")[1] in jobs),
     )
+
+
+def _keys(bucket: Path) -> set[str]:
+    return {path.relative_to(bucket).as_posix() for path in bucket.rglob("*") if path.is_file()}
 
 
 def _by_job(rows: Iterable[Any]) -> dict[str, list[Row]]:

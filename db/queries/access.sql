@@ -7,13 +7,26 @@ FROM api_keys k JOIN profiles p ON p.id = k.user_id LEFT JOIN user_roles r ON r.
 WHERE k.key_hash = :key_hash AND k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > now())
 GROUP BY k.id, p.id;
 
--- name: key_holds(key_id)$
--- Whether `find_key` would still find that key.
-SELECT EXISTS (SELECT FROM api_keys
-               WHERE id = :key_id AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now()));
+-- name: keys_that_hold(key_ids)
+-- Of these keys, those that `find_key` would still find.
+SELECT id FROM api_keys
+WHERE id = ANY(:key_ids::uuid[]) AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now());
 
 -- name: note_use(key_id)!
 UPDATE api_keys SET last_used_at = now() WHERE id = :key_id;
+
+-- name: find_user(user_id)^
+SELECT p.username, p.age_verified,
+       coalesce((SELECT array_agg(r.role::text) FROM user_roles r WHERE r.user_id = p.id), '{}') AS roles
+FROM profiles p WHERE p.id = :user_id;
+
+-- name: adopt_user(user_id)$
+INSERT INTO profiles (id) VALUES (:user_id) ON CONFLICT (id) DO NOTHING RETURNING id;
+
+-- name: abandon_user(user_id)!
+-- Delete a user who was made for a job that was refused after all, and has nothing.
+DELETE FROM profiles p WHERE id = :user_id AND username IS NULL
+  AND NOT EXISTS (SELECT FROM jobs WHERE user_id = p.id) AND NOT EXISTS (SELECT FROM api_keys WHERE user_id = p.id);
 
 -- name: ensure_user(username)$
 -- The user of that name, made when new.

@@ -1,18 +1,3 @@
--- name: lock_idempotency_key(user_id, key)$
--- True when nobody else is accepting with this key right now.
-SELECT pg_try_advisory_xact_lock(hashtextextended(:user_id::uuid::text || :key::text, 0));
-
--- name: find_idempotency_key(user_id, key)^
--- What an earlier acceptance with this key stored.
-SELECT body_hash, job_id FROM idempotency_keys WHERE user_id = :user_id AND key = :key AND expires_at > now();
-
--- name: store_idempotency_key(user_id, key, body_hash, job_id, hours)!
--- Remember the key; an expired one of the same name is overwritten.
-INSERT INTO idempotency_keys (user_id, key, body_hash, job_id, expires_at)
-VALUES (:user_id, :key, :body_hash, :job_id, now() + make_interval(hours => :hours::int))
-ON CONFLICT (user_id, key) DO UPDATE
-  SET body_hash = excluded.body_hash, job_id = excluded.job_id, expires_at = excluded.expires_at;
-
 -- name: accept(rows)
 -- Take jobs in: the fact, its place in the queue, its first event and its charge, in one statement. All read what was
 -- given, as joining what was made would cost the square of a large batch; the keys are checked when all is there.
@@ -26,11 +11,11 @@ WITH given AS MATERIALIZED (
 ), made AS (
   INSERT INTO jobs (id, user_id, job_type, format, quality, model_type, stage, content_mode, original_prompt,
                     enhanced_prompt, params, metadata, adjustments, max_attempts, callback_url, callback_events,
-                    destination, traceparent, class, compel_weights)
+                    destination, traceparent, class, compel_weights, start_deadline_seconds, deadline_seconds)
   SELECT id, user_id, job_type, format, quality, model_type, stage, content_mode, original_prompt, enhanced_prompt,
          params, coalesce(metadata, '{}'), coalesce(adjustments, '[]'), max_attempts, callback_url,
          coalesce(callback_events, '{processing,completed,failed,cancelled}'), destination, traceparent,
-         class, params -> 'compel_weights'
+         class, params -> 'compel_weights', start_deadline_seconds, deadline_seconds
   FROM given
   RETURNING id
 ), queued AS (
@@ -55,7 +40,7 @@ SELECT id FROM made;
 -- One job with its place in the queue, its assets and its callbacks, as far as row-level security lets the caller see.
 SELECT to_jsonb(j) AS job,
        (SELECT to_jsonb(q) FROM (
-          SELECT queue, class, state, run_at, attempt, failures, cancel, phase, step, steps
+          SELECT queue, class, state, run_at, attempt, failures, cancel, phase, step, steps, preview_step, preview_steps
           FROM job_queue WHERE job_id = j.id) q) AS queue,
        (SELECT to_jsonb(s) FROM ourvidz.standing(j.id) s WHERE j.status = 'queued') AS standing,
        (SELECT coalesce(jsonb_agg(to_jsonb(a) ORDER BY a.asset_index), '[]') FROM workspace_assets a WHERE a.job_id = j.id) AS assets,
@@ -68,7 +53,7 @@ FROM jobs j WHERE j.id = :job_id;
 -- Jobs, newest first. `before` and `after` are ids; ids are ordered by time.
 SELECT to_jsonb(j) AS job,
        (SELECT to_jsonb(q) FROM (
-          SELECT queue, class, state, run_at, attempt, failures, cancel, phase, step, steps
+          SELECT queue, class, state, run_at, attempt, failures, cancel, phase, step, steps, preview_step, preview_steps
           FROM job_queue WHERE job_id = j.id) q) AS queue,
        NULL::jsonb AS standing,
        (SELECT coalesce(jsonb_agg(to_jsonb(a) ORDER BY a.asset_index), '[]') FROM workspace_assets a WHERE a.job_id = j.id) AS assets,
@@ -84,11 +69,15 @@ ORDER BY CASE WHEN :after::uuid IS NOT NULL AND :before::uuid IS NULL THEN j.id 
 LIMIT :page_size::int;
 
 -- name: run_seconds(job_type)$
--- Mean seconds of the last 20 completed runs of a type; null before the first.
-SELECT avg(generation_time_ms + coalesce(enhancement_time_ms, 0)) / 1000.0
-FROM (SELECT generation_time_ms, enhancement_time_ms FROM jobs
-      WHERE job_type = :job_type AND status = 'completed' AND generation_time_ms IS NOT NULL
-      ORDER BY completed_at DESC LIMIT 20) recent;
+-- Mean seconds of the recent completed runs of a type; null before the first.
+SELECT seconds FROM run_times WHERE job_type = :job_type;
+
+-- name: stamps(job_ids)
+-- What of these jobs changes with all that is shown of them, as one text; the history changes with it as well.
+SELECT j.id, concat_ws(' ', j.event_seq, q.state, q.attempt, q.phase, q.step, q.cancel, q.preview_step,
+                       (SELECT string_agg(o.state || o.attempts, ' ' ORDER BY o.seq)
+                        FROM callback_outbox o WHERE o.job_id = j.id)) AS stamp
+FROM jobs j LEFT JOIN job_queue q ON q.job_id = j.id WHERE j.id = ANY(:job_ids::uuid[]);
 
 -- name: events_after(job_id, after_id, page_size)
 -- The events of a job past an id, oldest first.
@@ -96,17 +85,23 @@ SELECT id, job_id, attempt, kind, at, data FROM job_events
 WHERE job_id = :job_id AND id > :after_id ORDER BY id LIMIT :page_size::int;
 
 -- name: retry(job_id, cost, queue)^
--- A new budget for a job that failed or was cancelled. The attempt goes on counting, so that a late replica stays out.
+-- A new budget for a job that failed or was cancelled. The attempt goes on counting, so that a late replica stays out;
+-- its deadlines are counted anew, as a retry is a new run.
 WITH again AS (
   UPDATE jobs SET status = 'queued', completed_at = NULL, error_code = NULL, error_message = NULL, retryable = NULL,
                   failures = 0, event_seq = event_seq + 1, updated_at = now()
   WHERE id = :job_id AND status IN ('failed', 'cancelled')
   RETURNING *
 ), queued AS (
-  INSERT INTO job_queue (job_id, user_id, queue, class, tag, cost, attempt, max_attempts)
-  SELECT id, user_id, :queue, class, ourvidz.next_tag(:queue, user_id, class, :cost), :cost, attempts, max_attempts FROM again
+  INSERT INTO job_queue (job_id, user_id, queue, class, tag, cost, attempt, max_attempts, start_deadline, deadline)
+  SELECT id, user_id, :queue, class, ourvidz.next_tag(:queue, user_id, class, :cost), :cost, attempts, max_attempts,
+         now() + make_interval(secs => start_deadline_seconds), now() + make_interval(secs => deadline_seconds)
+  FROM again
 ), noted AS (
-  INSERT INTO job_events (job_id, user_id, attempt, kind) SELECT id, user_id, attempts, 'retried' FROM again
+  INSERT INTO job_events (job_id, user_id, attempt, kind, data)
+  SELECT id, user_id, attempts, 'retried', jsonb_strip_nulls(jsonb_build_object(
+    'start_deadline_seconds', start_deadline_seconds, 'deadline_seconds', deadline_seconds))
+  FROM again
 )
 SELECT id, stage, model_type FROM again;
 

@@ -3,13 +3,15 @@
 WITH picked AS MATERIALIZED (
   SELECT job_id FROM job_queue
   WHERE queue = :queue AND state = 'ready'
-    AND (start_deadline IS NULL OR start_deadline > now() OR attempt > 0) AND (deadline IS NULL OR deadline > now())
+    AND (start_deadline IS NULL OR start_deadline > now() OR claimed_at IS NOT NULL) AND (deadline IS NULL OR deadline > now())
+    AND (avoid_until IS NULL OR avoid_until <= now() OR avoid_worker <> :worker)
     AND NOT EXISTS (SELECT FROM queues WHERE name = :queue AND paused)
   ORDER BY class DESC, tag, job_id
   LIMIT :slots::int FOR UPDATE SKIP LOCKED
 ), claimed AS (
   UPDATE job_queue q
   SET state = 'running', attempt = q.attempt + 1, worker = :worker, phase = 'claimed', step = NULL, steps = NULL,
+      preview_step = NULL, preview_steps = NULL,
       claimed_at = clock_timestamp(), lease_until = clock_timestamp() + make_interval(secs => :lease_seconds::float8)
   -- an array, not a join: a prepared plan does not know the limit, and would join its guess by reading the whole table
   WHERE q.job_id = ANY (ARRAY(SELECT job_id FROM picked))
@@ -24,24 +26,31 @@ WITH picked AS MATERIALIZED (
       -- a claim may have begun before the acceptance of the job that it finds
       queue_wait_ms = coalesce(j.queue_wait_ms, greatest(0, (extract(epoch FROM now() - j.created_at) * 1000)::bigint))
   FROM claimed c WHERE j.id = c.job_id
-  RETURNING j AS job, c.attempt, c.failures, c.max_attempts, c.worker, c.class, c.tag
+  -- the columns beside the row: taking one out of it later costs a walk over all of them
+  RETURNING j AS job, j.id, j.user_id, j.job_type, j.stage, j.content_mode, j.original_prompt, j.enhanced_prompt,
+            j.enhancement, j.params, j.attempts, j.queue_wait_ms, j.max_attempts, j.started_at,
+            c.failures AS budget_used, c.worker, c.class, c.tag, c.batch_size,
+            c.avoid_worker IS NOT NULL AS moved_for_memory, extract(epoch FROM now() - c.outage_since)::float8 AS outage_seconds
 ), noted AS (
   INSERT INTO job_events (job_id, user_id, attempt, kind, data)
-  SELECT (job).id, (job).user_id, attempt, 'started', jsonb_build_object('stage', (job).stage, 'worker', worker) FROM started
+  SELECT id, user_id, attempts, 'started', jsonb_build_object('stage', stage, 'worker', worker) FROM started
 ), called AS (
   -- told once: at the first start, which is the one whose start time is this transaction's
   INSERT INTO callback_outbox (id, job_id, user_id, endpoint_id, seq, event_type, terminal, url, body)
-  SELECT c.* FROM started s CROSS JOIN LATERAL ourvidz.callback_for(s.job, '[]', '{}') c WHERE (s.job).started_at = now()
+  SELECT c.* FROM started s CROSS JOIN LATERAL ourvidz.callback_for(s.job, '[]', '{}') c WHERE s.started_at = now()
 )
-SELECT to_jsonb(job) AS job, attempt, failures, max_attempts FROM started ORDER BY class DESC, tag, (job).id;
+SELECT id, user_id, job_type, stage, content_mode, original_prompt, enhanced_prompt, enhancement, params, attempts,
+       queue_wait_ms, budget_used, max_attempts, batch_size, moved_for_memory, outage_seconds
+FROM started ORDER BY class DESC, tag, id;
 
--- name: renew(job_ids, attempts, phases, steps, totals, worker, lease_seconds)
+-- name: renew(job_ids, attempts, phases, steps, totals, preview_steps, preview_totals, worker, lease_seconds)
 -- Renew the leases of a replica's jobs with their progress. A job that is missing from the answer was lost.
 UPDATE job_queue q
 SET lease_until = clock_timestamp() + make_interval(secs => :lease_seconds::float8),
-    phase = g.phase, step = g.step, steps = g.total
-FROM unnest(:job_ids::uuid[], :attempts::int[], :phases::text[], :steps::int[], :totals::int[])
-     AS g(job_id, attempt, phase, step, total)
+    phase = g.phase, step = g.step, steps = g.total, preview_step = g.preview_step, preview_steps = g.preview_total
+FROM unnest(:job_ids::uuid[], :attempts::int[], :phases::text[], :steps::int[], :totals::int[],
+            :preview_steps::int[], :preview_totals::int[])
+     AS g(job_id, attempt, phase, step, total, preview_step, preview_total)
 WHERE q.job_id = g.job_id AND q.attempt = g.attempt AND q.state = 'running' AND q.worker = :worker
 RETURNING q.job_id, q.cancel;
 
@@ -58,7 +67,9 @@ WITH given AS MATERIALIZED (
   WHERE q.job_id = g.job_id
     AND CASE WHEN g.attempt IS NULL THEN q.state <> 'running' ELSE q.state = 'running' AND q.attempt = g.attempt END
     AND (g.expired IS NOT TRUE OR q.lease_until < clock_timestamp())
-  RETURNING q.*, g.n
+  RETURNING q.job_id, q.user_id, q.queue, q.class, q.cost, q.state, q.claimed_at, q.attempt, q.failures, g.n, g.status,
+            g.error_code, g.error_message, g.retryable, g.counts, g.settings, g.generation_time_ms, g.worker, g.assets,
+            g.callback_assets, g.facts
 ), charged AS (
   -- the user was charged what was predicted; in the order of the key, so that two finishers can't lock each other out
   INSERT INTO fair_shares AS f (queue, user_id, class, last_finish)
@@ -68,39 +79,47 @@ WITH given AS MATERIALIZED (
   ON CONFLICT (queue, user_id, class) DO UPDATE SET last_finish = f.last_finish + excluded.last_finish / f.weight
 ), ended AS (
   UPDATE jobs j
-  SET status = g.status, completed_at = now(), attempts = gone.attempt, event_seq = j.event_seq + 1,
-      failures = gone.failures + coalesce(g.counts, false)::int,
+  SET status = g.status, completed_at = now(), attempts = g.attempt, event_seq = j.event_seq + 1,
+      failures = g.failures + coalesce(g.counts, false)::int,
       error_code = g.error_code, error_message = g.error_message, retryable = g.retryable,
       generation_settings = coalesce(g.settings, j.generation_settings), worker = coalesce(g.worker, j.worker),
       generation_time_ms = coalesce(g.generation_time_ms, j.generation_time_ms)
-  FROM gone JOIN given g USING (n)
-  WHERE j.id = gone.job_id
-  RETURNING j AS job, g.n, g.assets, g.callback_assets, g.facts
+  FROM gone g  -- with what was given, as joining it again would cost the square of a batch
+  WHERE j.id = g.job_id
+  RETURNING j AS job, j.id, j.user_id, j.job_type, j.status, j.attempts, j.error_code, j.error_message, j.retryable,
+            j.generation_time_ms + coalesce(j.enhancement_time_ms, 0) AS run_ms, j.original_prompt,
+            g.n, g.assets, g.callback_assets, g.facts
+), timed AS (
+  INSERT INTO run_times AS t (job_type, seconds, runs)
+  SELECT job_type, avg(run_ms) / 1000, count(*) FROM ended
+  WHERE status = 'completed' AND run_ms IS NOT NULL GROUP BY job_type ORDER BY job_type
+  ON CONFLICT (job_type) DO UPDATE SET runs = t.runs + excluded.runs,
+    seconds = excluded.seconds + (t.seconds - excluded.seconds) * power(0.95, excluded.runs)
 ), stored AS (
   INSERT INTO workspace_assets (id, user_id, job_id, asset_index, attempt, asset_type, temp_storage_path, thumbnail_path,
                                 mime_type, file_size_bytes, width, height, frames, fps, duration_seconds, generation_seed,
                                 original_prompt, model_used, generation_settings)
-  SELECT a.id, (e.job).user_id, (e.job).id, a.asset_index, (e.job).attempts, a.asset_type, a.key, a.thumbnail_key,
+  SELECT a.id, e.user_id, e.id, a.asset_index, e.attempts, a.asset_type, a.key, a.thumbnail_key,
          a.mime_type, a.file_size_bytes, a.width, a.height, a.frames, a.fps, a.duration_seconds, a.seed,
-         (e.job).original_prompt, a.model_used, coalesce(a.settings, '{}')
+         e.original_prompt, a.model_used, coalesce(a.settings, '{}')
   FROM ended e CROSS JOIN LATERAL jsonb_to_recordset(e.assets) AS a(
     id uuid, asset_index int, asset_type text, key text, thumbnail_key text, mime_type text, file_size_bytes bigint,
     width int, height int, frames int, fps numeric, duration_seconds numeric, seed bigint, model_used text, settings jsonb)
 ), noted AS (
   INSERT INTO job_events (job_id, user_id, attempt, kind, data)
-  SELECT (job).id, (job).user_id, (job).attempts, (job).status, jsonb_strip_nulls(jsonb_build_object(
-    'error_code', (job).error_code, 'error_message', (job).error_message, 'retryable', (job).retryable,
+  SELECT id, user_id, attempts, status, jsonb_strip_nulls(jsonb_build_object(
+    'error_code', error_code, 'error_message', error_message, 'retryable', retryable,
     'assets', jsonb_array_length(assets)))
   FROM ended
 ), superseded AS (
-  UPDATE callback_outbox o SET state = 'superseded' FROM ended e
-  WHERE o.job_id = (e.job).id AND o.state = 'due' AND NOT o.terminal
+  UPDATE callback_outbox SET state = 'superseded'
+  WHERE job_id = ANY (ARRAY(SELECT id FROM ended)) AND state = 'due' AND NOT terminal
 ), called AS (
   INSERT INTO callback_outbox (id, job_id, user_id, endpoint_id, seq, event_type, terminal, url, body)
   SELECT c.* FROM ended e CROSS JOIN LATERAL ourvidz.callback_for(e.job, e.callback_assets, e.facts) c
   RETURNING job_id
 )
-SELECT n, (job).id AS job_id, (job).status, EXISTS (SELECT FROM called WHERE job_id = (job).id) AS calls_back FROM ended;
+SELECT n, id AS job_id, status, id IN (SELECT job_id FROM called) AS calls_back FROM ended;
 
 -- name: requeue(rows)
 -- Put running jobs back: to the next stage's queue, after a failure with its delay, or at once when a replica drains.
@@ -109,16 +128,20 @@ WITH given AS MATERIALIZED (
   SELECT * FROM jsonb_to_recordset(:rows::jsonb) AS g(
     n int, job_id uuid, attempt int, expired boolean, counts boolean, delay_seconds double precision, error_code text,
     error_message text, kind text, queue text, cost real, stage text, enhanced_prompt text, enhancement jsonb,
-    enhancement_strategy text, enhancement_time_ms int, template_name text, expansion numeric)
+    enhancement_strategy text, enhancement_time_ms int, template_name text, expansion numeric, batch_size smallint,
+    avoid_worker uuid, avoid_seconds double precision, outage boolean)
 ), moved AS (
   UPDATE job_queue q
   SET state = (CASE WHEN g.delay_seconds > 0 THEN 'scheduled' ELSE 'ready' END)::queue_state,
       run_at = now() + make_interval(secs => coalesce(g.delay_seconds, 0)),
-      worker = NULL, lease_until = NULL, phase = NULL, step = NULL, steps = NULL,
+      worker = NULL, lease_until = NULL, phase = NULL, step = NULL, steps = NULL, preview_step = NULL, preview_steps = NULL,
       failures = q.failures + coalesce(g.counts, false)::int, queue = coalesce(g.queue, q.queue),
       tag = CASE WHEN g.delay_seconds > 0 THEN 0 WHEN g.queue IS NULL THEN q.tag
                  ELSE ourvidz.next_tag(g.queue, q.user_id, q.class, coalesce(g.cost, q.cost)) END,
-      cost = coalesce(g.cost, q.cost)
+      cost = coalesce(g.cost, q.cost), batch_size = coalesce(g.batch_size, q.batch_size),
+      avoid_worker = coalesce(g.avoid_worker, q.avoid_worker),
+      avoid_until = coalesce(now() + make_interval(secs => g.avoid_seconds), q.avoid_until),
+      outage_since = CASE WHEN g.outage THEN coalesce(q.outage_since, now()) WHEN g.counts THEN NULL ELSE q.outage_since END
   FROM given g JOIN job_queue before USING (job_id)
   WHERE q.job_id = g.job_id AND q.state = 'running' AND q.attempt = g.attempt AND q.cancel IS NULL
     AND (g.expired IS NOT TRUE OR q.lease_until < clock_timestamp())
@@ -138,14 +161,20 @@ WITH given AS MATERIALIZED (
       qwen_expansion_percentage = coalesce(g.expansion, j.qwen_expansion_percentage)
   FROM moved m JOIN given g USING (n)
   WHERE j.id = m.job_id
-  RETURNING j.id, j.user_id, m.attempt, m.queue, g.kind, g.error_code, g.error_message, g.delay_seconds, j.stage
+  RETURNING j.id, j.user_id, m.attempt, m.queue, g.kind, g.error_code, g.error_message, g.delay_seconds, j.stage,
+            g.batch_size, g.avoid_seconds
 ), noted AS (
   INSERT INTO job_events (job_id, user_id, attempt, kind, data)
   SELECT id, user_id, attempt, kind, jsonb_strip_nulls(jsonb_build_object(
-    'queue', queue, 'stage', stage, 'error_code', error_code, 'error_message', error_message, 'delay_seconds', delay_seconds))
+    'queue', queue, 'stage', stage, 'error_code', error_code, 'error_message', error_message, 'delay_seconds', delay_seconds,
+    'batch_size', batch_size, 'elsewhere_for_seconds', avoid_seconds))
   FROM waiting
 )
 SELECT id AS job_id, queue FROM waiting WHERE (SELECT count(*) FROM charged) > 0;
+
+-- name: unheard(worker, known)
+-- Running jobs that a worker claimed without hearing so, because the connection broke: it knows of `known` alone.
+SELECT job_id, attempt FROM job_queue WHERE state = 'running' AND worker = :worker AND NOT job_id = ANY (:known::uuid[]);
 
 -- name: flag_cancel(job_id, reason)^
 -- Ask the replica that runs a job to stop it. No row: the job is not running.
@@ -184,11 +213,11 @@ UPDATE job_queue q SET state = 'ready', tag = tagged.tag FROM tagged WHERE q.job
 RETURNING q.job_id, q.queue;
 
 -- name: overdue(page_size)
--- Open jobs past a deadline: the start deadline while they wait, the total one always.
+-- Open jobs past a deadline: the start deadline while they wait for their first claim, the total one always.
 SELECT job_id, state, attempt,
        CASE WHEN deadline <= now() THEN 'deadline_exceeded' ELSE 'start_deadline_exceeded' END AS error_code
 FROM job_queue
-WHERE (deadline <= now() AND cancel IS NULL) OR (start_deadline <= now() AND state <> 'running' AND attempt = 0)
+WHERE (deadline <= now() AND cancel IS NULL) OR (start_deadline <= now() AND claimed_at IS NULL)
 LIMIT :page_size::int;
 
 -- name: stopped_waiting(page_size)
@@ -211,9 +240,6 @@ FROM job_queue WHERE queue = :queue;
 INSERT INTO queues (name, paused) VALUES (:queue, :paused)
 ON CONFLICT (name) DO UPDATE SET paused = excluded.paused, updated_at = now();
 
--- name: prune_idempotency_keys()!
-DELETE FROM idempotency_keys WHERE expires_at < now();
-
 -- name: enter_worker(id, queue, model_name, device, node, pid, state, slots, load_ms, error)!
 -- A replica says what it is and how it is.
 INSERT INTO workers (id, queue, model_name, device, node, pid, state, slots, load_ms, error)
@@ -229,16 +255,6 @@ UPDATE workers SET seen_at = now(), running = :running WHERE id = :id;
 SELECT id, queue, model_name, device, node, pid, state, slots, running, load_ms, error, started_at, seen_at FROM workers
 WHERE seen_at > now() - make_interval(secs => :within_seconds::float8) ORDER BY queue, started_at;
 
--- name: prune_workers()!
-DELETE FROM workers WHERE seen_at < now() - interval '1 day';
-
--- name: prune_events(days)!
-DELETE FROM job_events e USING jobs j
-WHERE e.job_id = j.id AND j.completed_at IS NOT NULL AND e.at < now() - make_interval(days => :days::int);
-
--- name: prune_attempts(days)!
-DELETE FROM callback_attempts WHERE at < now() - make_interval(days => :days::int);
-
 -- name: paused()
 -- The queues that nothing is claimed from.
 SELECT name FROM queues WHERE paused;
@@ -248,6 +264,11 @@ SELECT name FROM queues WHERE paused;
 SELECT g.job_id, g.attempt FROM unnest(:job_ids::uuid[], :attempts::int[]) AS g(job_id, attempt)
 WHERE EXISTS (SELECT FROM workspace_assets a WHERE a.job_id = g.job_id AND a.attempt = g.attempt)
    OR EXISTS (SELECT FROM job_queue q WHERE q.job_id = g.job_id AND q.attempt = g.attempt AND q.state = 'running');
+
+-- name: running_attempts(job_ids, attempts)
+-- Of these attempts, those that run now: their previews are shown.
+SELECT g.job_id, g.attempt FROM unnest(:job_ids::uuid[], :attempts::int[]) AS g(job_id, attempt)
+WHERE EXISTS (SELECT FROM job_queue q WHERE q.job_id = g.job_id AND q.attempt = g.attempt AND q.state = 'running');
 
 -- name: known_jobs(job_ids)
 -- Of these jobs, those that exist.

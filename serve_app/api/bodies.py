@@ -16,6 +16,11 @@ async def json_object(request: Request) -> dict[str, Any]:
         body = await request.json()
     except (ValueError, RecursionError):
         raise Problem(400, "invalid_json", "the body is not JSON", field="body") from None
+    return object_of(body)
+
+
+def object_of(body: Any) -> dict[str, Any]:
+    """JSON that was read, if it is an object that may be walked through. 400 for anything else."""
     if not isinstance(body, dict):
         raise Problem(400, "type", "the body must be a JSON object", field="body")
     for name, value in body.items():
@@ -62,6 +67,7 @@ _PARAMETERS: dict[str, Any] = {
     **dict.fromkeys(("negative_prompt", "scheduler", "aspect_ratio", "compel_weights"), TEXT),
     **dict.fromkeys(("reference_image_url", "callback_url"), TEXT),
     "compel_enabled": SWITCH,
+    "previews": SWITCH,
     "contentType": {"type": "string", "enum": ["sfw", "nsfw"]},
 }
 _IN_METADATA = CARRIED | {"required": ["prompt"], "properties": {"prompt": TEXT, **_PARAMETERS}}

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from db.access import Principal
-from db.jobs import canonical_body
+from db.idempotency import canonical_body
 from deployments.prompting import negatives_of
 from models.catalog import FAMILIES, Family, Format, JobType, resolve
 from models.negatives import GenerationMode, negative_prompt
@@ -27,7 +27,19 @@ from serve_app.submission import Submission, submit
 router = APIRouter(prefix="/functions/v1", tags=["functions"])
 
 # read alike in both dialects, and like the fields of /v1
-PLAIN = ("seed", "num_images", "steps", "width", "height", "frames", "fps", "scheduler", "shift", "compel_enabled")
+PLAIN = (
+    "seed",
+    "num_images",
+    "steps",
+    "width",
+    "height",
+    "frames",
+    "fps",
+    "scheduler",
+    "shift",
+    "compel_enabled",
+    "previews",
+)
 # what is read from the body; anything else is carried in the job's metadata, so that nothing is lost
 READ = {
     *PLAIN,
@@ -60,6 +72,13 @@ async def queue_job(
 ) -> dict[str, Any]:
     """Queue a job: `{job_type, prompt, …}` or `{jobType, metadata: {prompt, …}}`. The answer suits both dialects."""
     body = await json_object(request)
+    job_type, asked = await read_submission(edge, body)
+    accepted = await submit(edge, user, asked, idempotency_key=idempotency_key, body=canonical_body(body))
+    return await _answer(edge, user, job_type, accepted.job_id)
+
+
+async def read_submission(edge: Edge, body: Mapping[str, Any]) -> tuple[JobType, Submission]:
+    """What a body of `queue-job` asks for, in either dialect. Raises `Problem` or `RequestRefused`."""
     legacy = "jobType" in body
     metadata = body.get("metadata") or {}
     if not isinstance(metadata, dict):
@@ -68,9 +87,7 @@ async def queue_job(
     if not isinstance(name, str) or not name:
         raise Problem(400, "missing", "is required", field="jobType" if legacy else "job_type")
     job_type = resolve(name)
-    asked = await _submission(edge, job_type, body, metadata)
-    accepted = await submit(edge, user, asked, idempotency_key=idempotency_key, body=canonical_body(body))
-    return await _answer(edge, user, job_type, accepted.job_id)
+    return job_type, await _submission(edge, job_type, body, metadata)
 
 
 async def _submission(

@@ -8,22 +8,32 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import RedirectResponse
 
 from db.access import Principal
-from db.jobs import JobRecord, Stage, Status, canonical_body
+from db.idempotency import canonical_body
+from db.jobs import JobRecord, Stage, Status
 from db.pool import as_user
 from deployments.storing import BUCKET, REFERENCE_BUCKET
 from models.catalog import Family, resolve
 from models.params import GivenParams
 from serve_app.api.auth import EdgeDep, User
 from serve_app.api.problems import Problem
-from serve_app.api.views import job_view
-from serve_app.api.wire import Job, JobPage, JobRequest
+from serve_app.api.views import job_view, preview_view
+from serve_app.api.wire import Job, JobBatch, JobList, JobPage, JobRequest, Preview
 from serve_app.edge import Edge
-from serve_app.submission import ENHANCE_SECONDS, Submission, predicted_seconds, submit
+from serve_app.submission import ENHANCE_SECONDS, Submission, predicted_seconds, submit, submit_together
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 IdempotencyKey = Annotated[
     str | None, Header(min_length=1, max_length=255, description="Repeats of a request with one key make one job.")
+]
+BatchKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=250,
+        description="Repeats of a request with one key make its jobs once.",
+    ),
 ]
 PARAMETERS = tuple(set(GivenParams.model_fields) - {"reference"})
 
@@ -38,24 +48,12 @@ async def create_job(
     idempotency_key: IdempotencyKey = None,
 ) -> Job:
     """Accept a job. It is durable when this answers; follow it at `urls.self` or `urls.events`."""
-    asked = Submission(
-        job_type=body.job_type,
-        given={name: getattr(body, name) for name in PARAMETERS},
-        enhance=body.enhance,
-        reference_url=body.reference_image_url,
-        reference_strength=body.reference_strength,
-        reference_kind=body.reference_type,
-        callback_url=body.callback_url,
-        callback_events=list(body.callback_events) if body.callback_events else None,
-        interactive=body.priority == "interactive",
-        start_after_seconds=body.start_after_seconds,
-        start_deadline_seconds=body.start_deadline_seconds,
-        deadline_seconds=body.deadline_seconds,
-        metadata=body.metadata,
-        traceparent=request.headers.get("traceparent"),
-    )
     accepted = await submit(
-        edge, user, asked, idempotency_key=idempotency_key, body=canonical_body(body.model_dump(exclude_unset=True))
+        edge,
+        user,
+        _asked(body, request),
+        idempotency_key=idempotency_key,
+        body=canonical_body(body.model_dump(exclude_unset=True)),
     )
     job = await read_job(edge, user, accepted.job_id)
     response.headers["Location"] = job.urls.self
@@ -63,6 +61,31 @@ async def create_job(
         response.status_code = 200
         response.headers["Idempotency-Replayed"] = "true"
     return job
+
+
+@router.post("/batch", status_code=202, operation_id="createJobs", response_model=JobList)
+async def create_jobs(
+    body: JobBatch,
+    request: Request,
+    response: Response,
+    edge: EdgeDep,
+    user: User,
+    idempotency_key: BatchKey = None,
+) -> JobList:
+    """Accept several jobs in one transaction: all of them, or none when one is refused."""
+    accepted = await submit_together(
+        edge,
+        user,
+        [_asked(job, request) for job in body.jobs],
+        idempotency_key=idempotency_key,
+        body=canonical_body(body.model_dump(exclude_unset=True)),
+    )
+    if accepted[0].replayed:
+        response.status_code = 200
+        response.headers["Idempotency-Replayed"] = "true"
+    async with as_user(edge.pool, user.user_id) as connection:
+        records = [await edge.jobs.read(connection, one.job_id) for one in accepted]
+    return JobList(data=[view(edge, user, may_see(user, record)) for record in records])
 
 
 @router.get("", operation_id="listJobs")
@@ -92,7 +115,7 @@ async def list_jobs(
         )
     more = len(records) > limit
     page = records[1:] if more and after is not None and before is None else records[:limit]
-    data = [view(edge, record) for record in page]
+    data = [view(edge, user, record) for record in page]
     return JobPage(
         data=data, first_id=data[0].id if data else None, last_id=data[-1].id if data else None, has_more=more
     )
@@ -150,6 +173,25 @@ async def job_events(job_id: UUID, edge: EdgeDep, user: User) -> RedirectRespons
     return RedirectResponse(f"/v1/events/jobs/{job_id}", status_code=307)
 
 
+def _asked(body: JobRequest, request: Request) -> Submission:
+    return Submission(
+        job_type=body.job_type,
+        given={name: getattr(body, name) for name in PARAMETERS},
+        enhance=body.enhance,
+        reference_url=body.reference_image_url,
+        reference_strength=body.reference_strength,
+        reference_kind=body.reference_type,
+        callback_url=body.callback_url,
+        callback_events=list(body.callback_events) if body.callback_events else None,
+        interactive=body.priority == "interactive",
+        start_after_seconds=body.start_after_seconds,
+        start_deadline_seconds=body.start_deadline_seconds,
+        deadline_seconds=body.deadline_seconds,
+        metadata=body.metadata,
+        traceparent=request.headers.get("traceparent"),
+    )
+
+
 def _in_utc(moment: datetime | None) -> datetime | None:
     try:
         return None if moment is None else moment.astimezone(UTC)
@@ -160,7 +202,11 @@ def _in_utc(moment: datetime | None) -> datetime | None:
 async def owned(edge: Edge, user: Principal, job_id: UUID) -> JobRecord:
     """A job of the caller's own. 404 for anybody else's: that it exists is not theirs to know."""
     async with as_user(edge.pool, user.user_id) as connection:
-        record = await edge.jobs.read(connection, job_id)
+        return may_see(user, await edge.jobs.read(connection, job_id))
+
+
+def may_see(user: Principal, record: JobRecord | None) -> JobRecord:
+    """The same of a record that was read already."""
     if record is None or (str(user.user_id) != record.job["user_id"] and not user.is_admin()):
         raise Problem(404, "job_not_found", "there is no such job")
     return record
@@ -169,16 +215,22 @@ async def owned(edge: Edge, user: Principal, job_id: UUID) -> JobRecord:
 async def read_job(edge: Edge, user: Principal, job_id: UUID) -> Job:
     """A job of the caller's own, with its ETA."""
     record = await owned(edge, user, job_id)
-    return view(edge, record, await _eta(edge, record))
+    return view(edge, user, record, await eta(edge, record))
 
 
-def view(edge: Edge, record: JobRecord, eta: float | None = None) -> Job:
-    """A record as its owner sees it."""
+def view(edge: Edge, user: Principal, record: JobRecord, seconds: float | None = None) -> Job:
+    """A record as the caller sees it; `seconds` is its ETA."""
     settings = edge.settings
-    return job_view(record, edge.signer, settings.public_url, settings.signed_url_seconds, eta)
+    preview = preview_of(edge, user, record)
+    return job_view(record, edge.signer, settings.public_url, settings.signed_url_seconds, seconds, preview)
 
 
-async def _eta(edge: Edge, record: JobRecord) -> float | None:
+def preview_of(edge: Edge, user: Principal, record: JobRecord) -> Preview | None:
+    """The latest preview of a running job, for its owner alone: what is not finished is nobody else's to see."""
+    return preview_view(record, edge.signer) if str(user.user_id) == record.job["user_id"] else None
+
+
+async def eta(edge: Edge, record: JobRecord) -> float | None:
     """Seconds until the end: what is predicted to run before, shared by the live replicas, and the type's mean run."""
     if record.status is not Status.QUEUED or record.standing is None:
         return None

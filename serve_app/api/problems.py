@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from db.blobs import BlobNotFound, StorageUnavailable
-from db.jobs import IdempotencyConflict, IdempotencyInFlight
+from db.idempotency import IdempotencyConflict, IdempotencyInFlight
 from db.pool import CONNECTION_FAULTS, DatabaseUnavailable
 from deployments.destinations import EgressError
 from models.catalog import RequestRefused

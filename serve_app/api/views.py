@@ -8,11 +8,22 @@ from uuid import UUID
 from db.access import ApiKey
 from db.blobs import UrlSigner
 from db.jobs import JobRecord, Status
+from deployments.previews import preview_key
 from deployments.storing import BUCKET
-from serve_app.api.wire import Adjusted, Asset, CallbackDelivery, Job, JobError, JobUrls, Key, Progress
+from models.preview import preview_size
+from serve_app.api.wire import Adjusted, Asset, CallbackDelivery, Job, JobError, JobUrls, Key, Preview, Progress
+
+PREVIEW_URL_SECONDS = 60
 
 
-def job_view(record: JobRecord, signer: UrlSigner, base: str, seconds: int, eta: float | None = None) -> Job:
+def job_view(
+    record: JobRecord,
+    signer: UrlSigner,
+    base: str,
+    seconds: int,
+    eta: float | None = None,
+    preview: Preview | None = None,
+) -> Job:
     """A job as its owner sees it. `base` is the public URL, `seconds` how long signed URLs work."""
     row, queue = record.job, record.queue or {}
     error = None
@@ -56,8 +67,30 @@ def job_view(record: JobRecord, signer: UrlSigner, base: str, seconds: int, eta:
         generation_seconds=_seconds(row["generation_time_ms"]),
         enhancement_seconds=_seconds(row["enhancement_time_ms"]),
         urls=JobUrls(
-            self=url, events=f"{base}/v1/events/jobs/{row['id']}", cancel=f"{url}/cancel", retry=f"{url}/retry"
+            self=url,
+            events=f"{base}/v1/events/jobs/{row['id']}",
+            cancel=f"{url}/cancel",
+            retry=f"{url}/retry",
+            preview=preview.url if preview else None,
         ),
+    )
+
+
+def preview_view(record: JobRecord, signer: UrlSigner) -> Preview | None:
+    """The latest preview of a running job, with a fresh signed URL; None where there is none."""
+    row, queue = record.job, record.queue or {}
+    if queue.get("state") != "running" or queue.get("preview_step") is None:
+        return None
+    key = preview_key(row["user_id"], row["id"], queue["attempt"], queue["preview_step"])
+    width, height = preview_size(row["params"]["width"], row["params"]["height"])
+    return Preview(
+        job_id=row["id"],
+        attempt=queue["attempt"],
+        step=queue["preview_step"],
+        of=queue["preview_steps"],
+        url=signer.sign(BUCKET, key, PREVIEW_URL_SECONDS),
+        width=width,
+        height=height,
     )
 
 

@@ -49,6 +49,7 @@ class JobRequest(BaseModel):
     shift: float | None = None
     compel_enabled: bool | None = None
     content_mode: Literal["sfw", "nsfw"] | None = None
+    previews: bool | None = Field(None, description="Show small pictures of the job while it is denoised.")
     reference_image_url: str | None = Field(None, max_length=2048, description="An image to start from (SDXL).")
     reference_strength: float | None = Field(None, description="0.1 to 1.0: how much of the reference stays.")
     reference_type: Literal["style", "composition", "character"] | None = None
@@ -128,6 +129,25 @@ class JobUrls(BaseModel):
     events: str
     cancel: str
     retry: str
+    preview: str | None = Field(
+        None,
+        description="The latest preview, while the job runs with `previews`. It works for a minute, for its owner.",
+    )
+
+
+class Preview(BaseModel):
+    """A picture of a running job after `step` of `of` denoise steps: WebP, at most 256 pixels wide and high.
+
+    The URL works for a minute, and until the job ends.
+    """
+
+    job_id: UUID
+    attempt: int
+    step: int
+    of: int
+    url: str
+    width: int
+    height: int
 
 
 class Job(BaseModel):
@@ -175,6 +195,20 @@ class JobPage(BaseModel):
     first_id: UUID | None
     last_id: UUID | None
     has_more: bool
+
+
+class JobBatch(BaseModel):
+    """Jobs to accept together. The body as a whole keeps to the limit of every request."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    jobs: list[JobRequest] = Field(min_length=1, max_length=100)
+
+
+class JobList(BaseModel):
+    """Jobs, in the order in which they were given."""
+
+    data: list[Job]
 
 
 class CallbackSecret(BaseModel):

@@ -9,7 +9,7 @@ import os
 import typer
 
 from deployments.logs import configure_logs
-from serve_app.cli import clusters, endpoints, installation, jobs, keys, queues, submit
+from serve_app.cli import backup, clusters, endpoints, installation, jobs, keys, queues, retention, submit, takeover
 from serve_app.cli.calls import Commands
 
 app = typer.Typer(
@@ -27,6 +27,10 @@ for command in (
     clusters.down,
     submit.submit,
     installation.migrate,
+    backup.backup,
+    backup.restore,
+    takeover.import_queue,
+    retention.archive,
     installation.doctor,
     installation.openapi,
     installation.version,
@@ -37,6 +41,7 @@ app.add_typer(queues.queues, name="queues")
 app.add_typer(queues.callbacks, name="callbacks")
 app.add_typer(endpoints.app, name="endpoints")
 app.add_typer(keys.app, name="keys")
+app.add_typer(retention.users, name="users")
 app.add_typer(installation.config, name="config")
 
 

@@ -10,7 +10,7 @@ import typer
 from serve_app.api.wire import Job
 from serve_app.cli.calls import AsJson, Url, calling, run
 from serve_app.cli.progress import state_of
-from serve_app.cli.submit import conclude, watch_all
+from serve_app.cli.submit import check_folder, conclude, watch_all
 from serve_app.cli.terminal import seconds, show_facts, show_json, show_table
 from serve_app.client import Client
 
@@ -90,6 +90,8 @@ def watch(
     url: Url = None,
 ) -> None:
     """Follow jobs until they have ended; print their files. Exits with 1 unless all completed."""
+    if out is not None:
+        check_folder(out)
 
     async def work() -> None:
         async with calling(url) as client:

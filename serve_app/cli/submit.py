@@ -65,7 +65,8 @@ async def _submit(
 
 
 def check_folder(out: Path) -> None:
-    """Make the folder for the files, so that no job is made whose files have nowhere to go. Raises `Stop`."""
+    """Make the folder for the files, so that no job is made or waited for whose files have nowhere to go. Raises
+    `Stop`."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -95,7 +96,7 @@ async def conclude(client: Client, jobs: list[Job], out: Path | None, as_json: b
     """Fetch the files and print the outcome; exits with 1 if a job that was waited for did not complete."""
     documents = []
     for job in jobs:
-        paths = await client.download(job, out) if out is not None and job.status == "completed" else []
+        paths = await _fetch(client, job, out) if out is not None and job.status == "completed" else []
         document = job.model_dump(mode="json")
         documents.append(document | {"files": [str(path) for path in paths]} if out is not None else document)
         if as_json:
@@ -109,6 +110,14 @@ async def conclude(client: Client, jobs: list[Job], out: Path | None, as_json: b
     bad = [job for job in jobs if ended and job.status != "completed"]
     if bad:
         raise Stop("\n".join(f"{job.id}: {state_of(job)}" for job in bad), FAILED)
+
+
+async def _fetch(client: Client, job: Job, out: Path) -> list[Path]:
+    try:
+        return await client.download(job, out)
+    except OSError as error:  # the disk is full, say, or the folder is gone by now
+        again = f"`ourvidz jobs watch {job.id} --out FOLDER` fetches them again"
+        raise Stop(f"--out {out}: the files can't be put there ({error.strerror}); {again}", FAILED) from error
 
 
 def _parameter(text: str) -> tuple[str, Any]:

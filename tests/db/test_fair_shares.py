@@ -49,7 +49,8 @@ async def serve(pool: asyncpg.Pool, seconds: float | None = None, queue: str = "
 
 def owner(claim: Claim | None) -> UUID:
     assert claim is not None
-    return UUID(claim.job["user_id"])
+    user_id: UUID = claim.job["user_id"]
+    return user_id
 
 
 async def last_finish(pool: asyncpg.Pool, user: UUID) -> float:

@@ -19,7 +19,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from db.pool import PLANNER, queries
+from db.pool import PLANNER, as_user, open_pool, queries
 from tests.conftest import with_database
 
 RUNNING, WORKER = 40, UUID(int=0xABC)  # as filled.sql has them
@@ -92,7 +92,7 @@ def walk(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def literal(value: object) -> str:
     if isinstance(value, list):
-        value = "{" + ",".join(map(str, value)) + "}"
+        value = "{" + ",".join("NULL" if v is None else str(v) for v in value) + "}"
     return "NULL" if value is None else "'" + str(value).replace("'", "''") + "'"
 
 
@@ -170,6 +170,7 @@ async def test_claim_of_an_empty_queue_reads_almost_nothing(filled: asyncpg.Conn
 async def test_renew_touches_its_own_rows_only(filled: asyncpg.Connection, mode: str) -> None:
     ids = await running(filled, 8)
     given = {"attempts": [1] * 8, "phases": ["denoise"] * 8, "steps": [1] * 8, "totals": [4] * 8}
+    given |= {"preview_steps": [None] * 8, "preview_totals": [None] * 8}
     plan = await explain(filled, "queue", "renew", mode, job_ids=ids, worker=WORKER, lease_seconds=30, **given)
     assert plan.nodes[0]["Actual Rows"] == 8
     assert plan.whole_scans("job_queue") == 0
@@ -231,3 +232,102 @@ async def test_a_page_of_a_user_does_not_read_the_jobs_of_others(filled: asyncpg
     assert plan.whole_scans("jobs") == 0
     assert plan.removed == 0
     assert plan.buffers <= 20 * 12
+
+
+# ------------------------------------------------------------------------- what is read of a past of a million jobs
+
+ANYTHING = dict.fromkeys(("user_id", "status", "job_type", "created_after", "before", "after"))
+A_USER, AN_ADMIN, A_JOB = UUID(int=5), UUID(int=1000), UUID(int=500_000)
+
+
+@pytest.fixture
+async def served(filled_url: str) -> AsyncIterator[asyncpg.Pool]:
+    """The API's pool, with one connection. User 1000 is an admin."""
+    async with await open_pool(filled_url, max_size=1) as pool:
+        await pool.execute(
+            "INSERT INTO user_roles (user_id, role) VALUES ($1, 'admin') ON CONFLICT DO NOTHING", AN_ADMIN
+        )
+        yield pool
+
+
+async def explain_as_served(pool: asyncpg.Pool, name: str, **values: object) -> Plan:
+    """The plan of a connection that is in use, for a read of jobs in a user's name, or in an admin's for all users."""
+    query, order = getattr(queries("jobs"), name), parameters("jobs", name)
+    given = f"({', '.join(literal(values[name]) for name in order)})"
+    user = values.get("user_id")
+    async with as_user(pool, user if isinstance(user, UUID) else AN_ADMIN) as connection:
+        await connection.execute(f"PREPARE pinned AS {query.sql}")
+        for _ in range(8):
+            await connection.execute(f"EXECUTE pinned{given}")
+        raw = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE pinned{given}")
+        await connection.execute("DEALLOCATE pinned")
+    return Plan(list(walk(raw[0]["Plan"])))
+
+
+@pytest.mark.parametrize(
+    ("given", "removed"),
+    [
+        pytest.param({"user_id": A_USER}, 0, id="of a user"),
+        pytest.param({"user_id": A_USER, "status": "completed"}, 100, id="of a user and a status"),
+        pytest.param({"user_id": A_USER, "before": A_JOB}, 0, id="of a user, further down"),
+        pytest.param({"user_id": A_USER, "after": A_JOB}, 0, id="of a user, further up"),
+        pytest.param({}, 0, id="of everybody"),
+        pytest.param({"before": A_JOB}, 0, id="of everybody, further down"),
+    ],
+)
+async def test_a_page_reads_little_on_a_connection_that_is_in_use(
+    served: asyncpg.Pool, given: dict[str, object], removed: int
+) -> None:
+    plan = await explain_as_served(served, "list_page", page_size=20, **(ANYTHING | given))
+    assert plan.nodes[0]["Actual Rows"] == 20
+    assert plan.whole_scans("jobs") == 0
+    assert plan.removed <= removed
+    assert plan.buffers <= 20 * 12 + removed * 4
+
+
+@pytest.mark.parametrize("job_id", [A_JOB, UUID("eeeeeeee-0000-0000-0000-000000000005")], ids=["ended", "waiting"])
+async def test_one_job_is_found_by_its_key(served: asyncpg.Pool, job_id: UUID) -> None:
+    plan = await explain_as_served(served, "read", job_id=job_id)
+    assert plan.nodes[0]["Actual Rows"] == 1
+    assert plan.whole_scans("jobs") == plan.whole_scans("job_queue") == plan.whole_scans("callback_outbox") == 0
+    # what stands before a waiting job is counted in the queue, up to a limit, by a function that no plan shows
+    reads = [node for node in plan.nodes if node["Node Type"] != "Function Scan"]
+    assert max(node["Actual Rows"] * node["Actual Loops"] for node in reads) <= 5
+    ended = job_id == A_JOB
+    assert not ended or plan.buffers <= 40
+
+
+@BOTH_PLANS
+@pytest.mark.parametrize(("name", "given"), [("depth", {}), ("work", {"queue": "sdxl"})])
+async def test_counting_what_is_open_does_not_look_at_the_past(
+    filled: asyncpg.Connection, mode: str, name: str, given: dict[str, object]
+) -> None:
+    plan = await explain(filled, "queue", name, mode, **given)
+    assert {node["Relation Name"] for node in plan.nodes if "Relation Name" in node} == {"job_queue"}
+
+
+@BOTH_PLANS
+async def test_pruning_reads_the_batch_that_it_deletes(filled: asyncpg.Connection, mode: str) -> None:
+    transaction = filled.transaction()
+    await transaction.start()
+    await filled.execute(
+        """INSERT INTO job_events (job_id, user_id, attempt, kind, at)
+           SELECT id, user_id, 1, 'completed', completed_at FROM jobs WHERE completed_at IS NOT NULL LIMIT 20000"""
+    )
+    try:
+        plan = await explain(filled, "retention", "prune_events", mode, days=30, batch=100)
+    finally:
+        await transaction.rollback()
+    assert plan.whole_scans("jobs") == plan.whole_scans("job_events") == 0
+    assert plan.removed == 0
+    assert plan.buffers <= 100 * 12
+
+
+@BOTH_PLANS
+async def test_an_archive_finds_its_jobs_from_the_oldest_on(filled: asyncpg.Connection, mode: str) -> None:
+    cutoff = await filled.fetchval("SELECT now() - interval '30 days'")
+    plan = await explain(filled, "archives", "archivable", mode, cutoff=cutoff, batch=100)
+    assert plan.nodes[0]["Actual Rows"] == 100
+    assert plan.whole_scans("jobs") == plan.whole_scans("callback_outbox") == 0
+    assert plan.removed <= 100  # every other one has a callback to send
+    assert plan.buffers <= 3 * 200 * 12, "for each of up to three processes"

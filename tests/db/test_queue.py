@@ -8,7 +8,8 @@ import asyncpg
 import pytest
 from uuid6 import uuid7
 
-from db.jobs import IdempotencyConflict, Jobs, NewJob, Stage, Status
+from db.idempotency import IdempotencyConflict
+from db.jobs import Jobs, NewJob, Stage, Status
 from db.queue import NewAsset, Queue, Renewal, Requeue, Settlement
 
 
@@ -313,3 +314,23 @@ async def test_standing_counts_what_is_ahead(database: Any) -> None:
     record = await jobs.read(database.pool, second.id)
     assert record is not None
     assert record.standing == {"ahead": 1, "ahead_cost": 5.0}
+
+
+async def test_retry_counts_the_deadlines_anew(database: Any) -> None:
+    user = await database.user()
+    jobs, queue = Jobs(database.pool), Queue(database.worker_pool)
+    job = new_job(user, start_deadline_seconds=600.0, deadline_seconds=3600.0)
+    await jobs.accept(job)
+    await queue.claim("sdxl", uuid4(), 1)
+    await queue.settle([Settlement(job_id=job.id, attempt=1, status=Status.FAILED, error_code="oom")])
+    await database.pool.execute("UPDATE jobs SET created_at = now() - interval '1 day'")
+    assert await jobs.retry(job.id, queue="sdxl", cost=1)
+    left = await database.pool.fetchrow(
+        """SELECT extract(epoch FROM start_deadline - now())::float8, extract(epoch FROM deadline - now())::float8
+           FROM job_queue"""
+    )
+    assert tuple(left) == (pytest.approx(600, abs=60), pytest.approx(3600, abs=60))
+    data = await database.pool.fetchval("SELECT data FROM job_events WHERE kind = 'retried'")
+    assert data == {"start_deadline_seconds": 600, "deadline_seconds": 3600}
+    await database.pool.execute("UPDATE job_queue SET start_deadline = now()")
+    assert [overdue.error_code for overdue in await queue.overdue()] == ["start_deadline_exceeded"], "it has not begun"

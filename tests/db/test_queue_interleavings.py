@@ -13,7 +13,8 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from db.jobs import IdempotencyInFlight, Jobs, Status
+from db.idempotency import IdempotencyInFlight
+from db.jobs import Jobs, Status
 from db.pool import open_pool
 from db.queue import Queue, Renewal, Requeue, Settlement
 from tests.db.test_queue import expire, new_job

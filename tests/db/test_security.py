@@ -43,13 +43,17 @@ HIDDEN = (  # tables that no user sees at all
     "negative_prompts",
     "system_config",
     "schema_migrations",
+    "archives",
+    "erasures",
+    "imported_jobs",
 )
 OWNER_COLUMN = {"profiles": "id"}
 # the columns that a user may read, where not all of them are
 COLUMNS = {
     "api_keys": "id, user_id, name, prefix, created_at, last_used_at, expires_at, revoked_at",
     "callback_outbox": "id, job_id, user_id, seq, event_type, url, state, attempts, last_status, last_error",
-    "job_queue": "job_id, user_id, queue, class, tag, state, run_at, attempt, failures, cancel, phase, step, steps",
+    "job_queue": "job_id, user_id, queue, class, tag, state, run_at, attempt, failures, cancel, phase, step, steps, "
+    "preview_step, preview_steps",
 }
 
 
@@ -244,6 +248,7 @@ async def test_standing_is_told_of_own_jobs_only(people: People) -> None:
     [
         "ourvidz.next_tag('sdxl', ourvidz.uid(), 1::smallint, 1::real)",
         "ourvidz.charge('sdxl', ourvidz.uid(), 1::smallint, -9)",
+        "ourvidz.erase_some(ourvidz.uid(), 10)",
     ],
 )
 async def test_no_user_moves_the_queues_clock(people: People, call: str) -> None:
@@ -257,7 +262,7 @@ async def test_functions_that_run_as_the_owner_fix_their_search_path(people: Peo
         """SELECT p.proname, p.proconfig FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
            WHERE p.prosecdef AND n.nspname IN ('public', 'ourvidz')"""
     )
-    assert {row["proname"] for row in rows} == {"has_role", "standing"}
+    assert {row["proname"] for row in rows} == {"has_role", "standing", "erase_some"}
     assert all(any(setting.startswith("search_path=") for setting in row["proconfig"] or []) for row in rows)
 
 
@@ -290,6 +295,8 @@ async def test_a_replica_reads_nothing_personal(people: People, column: str) -> 
         "UPDATE job_events SET kind = 'completed'",
         "UPDATE workspace_assets SET user_id = user_id",
         "DELETE FROM callback_outbox",
+        "INSERT INTO erasures SELECT id FROM profiles",
+        "SELECT * FROM archives",
         "TRUNCATE job_queue",
         "DROP TABLE jobs",
         "CREATE TABLE mine (id int)",

@@ -7,7 +7,6 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from db.queue import Queue
 from db.workers import Worker, Workers
 
 
@@ -71,12 +70,3 @@ async def test_replicas_are_listed_by_queue(workers: Workers) -> None:
 async def test_a_state_that_is_none_is_refused(workers: Workers) -> None:
     with pytest.raises(asyncpg.CheckViolationError):
         await workers.enter(uuid4(), "sdxl", "sleeping")
-
-
-async def test_old_replicas_are_forgotten(workers: Workers, database: Any) -> None:
-    old, new = uuid4(), uuid4()
-    for worker in (old, new):
-        await workers.enter(worker, "sdxl", "ready")
-    await database.pool.execute("UPDATE workers SET seen_at = now() - interval '2 days' WHERE id = $1", old)
-    await Queue(database.worker_pool).prune(30)
-    assert [worker.id for worker in await workers.list(10**7)] == [new]

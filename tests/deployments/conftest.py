@@ -28,6 +28,9 @@ class Road:
         self._tasks: set[asyncio.Task[None]] = set()
         self._answers = asyncio.Event()
         self._answers.set()
+        self._closed = False
+        self._refusals = 0
+        self._refused = asyncio.Condition()
         self.port = 0
 
     @property
@@ -53,8 +56,28 @@ class Road:
             task.cancel()
         self._answers.set()
 
+    def close(self) -> None:
+        """The server is away: connections end, and new ones are turned down."""
+        self._closed = True
+        self.cut()
+
+    def open(self) -> None:
+        """It is back."""
+        self._closed = False
+
+    async def refused(self, times: int) -> None:
+        """Wait until so many connections were turned down since the road was made."""
+        async with asyncio.timeout(30), self._refused:
+            await self._refused.wait_for(lambda: self._refusals >= times)
+
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, in both directions."""
+        if self._closed:
+            writer.transport.abort()
+            async with self._refused:
+                self._refusals += 1
+                self._refused.notify_all()
+            return
         if self._socket:
             onward, back = await asyncio.open_unix_connection(f"{self._socket}/.s.PGSQL.{self._port}")
         else:
@@ -165,7 +188,7 @@ class Desk:
 
     async def until(self, statement: str, *arguments: Any) -> Any:
         """The first value of a statement that is true."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while not (value := await self.database.pool.fetchval(statement, *arguments)):
                 pass
         return value

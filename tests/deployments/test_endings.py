@@ -8,10 +8,11 @@ import asyncpg
 import pytest
 
 from db.jobs import Jobs, Status
+from db.pool import CONNECTION_FAULTS
 from db.queue import Queue, Requeue, Settlement
 from deployments.claims import Held, StopReason
-from deployments.endings import Endings
-from models.engine import GenerationError, InvalidInput, OutOfMemory
+from deployments.endings import Endings, Outcome
+from models.engine import GenerationError, GenerationFailed, InvalidInput
 from tests.db.test_queue import asset
 from tests.deployments.conftest import Desk, Road
 
@@ -121,19 +122,57 @@ async def test_while_it_settles_a_missing_job_proves_nothing(desk: Desk, endings
     assert held.settling
 
 
+async def test_settle_waits_for_a_database_that_is_away_as_long_as_a_lease(
+    desk: Desk, road: Road, far_pool: asyncpg.Pool
+) -> None:
+    held = await desk.hold()
+    far = Endings(Queue(far_pool), Jobs(far_pool), desk.worker, 0.1)
+    await far_pool.fetchval("SELECT 1")
+    road.close()
+    with pytest.raises(CONNECTION_FAULTS):
+        await far.settle(held, completed(desk, held))
+    assert (await desk.status(held.claim.job_id)) == ("processing", None)
+    patient = Endings(Queue(far_pool), Jobs(far_pool), desk.worker, 30)
+    ending = asyncio.create_task(patient.settle(held, completed(desk, held)))
+    await road.refused(3)
+    road.open()
+    async with asyncio.timeout(30):
+        assert await ending
+    assert await desk.status(held.claim.job_id) == ("completed", None)
+
+
 # -------------------------------------------------------------------------------------------------------- requeue
+
+
+async def test_requeue_that_was_committed_but_not_heard_of_is_known_as_written(
+    desk: Desk, road: Road, far_pool: asyncpg.Pool
+) -> None:
+    far = Endings(Queue(far_pool), Jobs(far_pool), desk.worker, 30)
+    before = await desk.hold()
+    await far.requeue(before, Requeue(job_id=before.claim.job_id, attempt=1, delay_seconds=3600))
+    held = await desk.hold()
+    job_id = held.claim.job_id
+    road.hold_answers()
+    moving = asyncio.create_task(far.requeue(held, Requeue(job_id=job_id, attempt=1, counts=True)))
+    await desk.until("SELECT state = 'ready' FROM job_queue WHERE job_id = $1", job_id)
+    assert not moving.done()
+    road.cut()
+    async with asyncio.timeout(30):
+        assert await moving is Outcome.REQUEUED
+    assert await desk.queued(job_id) == ("ready", 1), "and it is not counted twice"
+    assert await desk.events(job_id) == ["queued", "started", "requeued"]
 
 
 async def test_requeue_puts_a_job_back(desk: Desk, endings: Endings) -> None:
     held = await desk.hold()
-    assert await endings.requeue(held, Requeue(job_id=held.claim.job_id, attempt=1))
+    assert await endings.requeue(held, Requeue(job_id=held.claim.job_id, attempt=1)) is Outcome.REQUEUED
     assert await desk.queued(held.claim.job_id) == ("ready", 0)
 
 
 async def test_requeue_of_a_lost_job_changes_nothing(desk: Desk, endings: Endings) -> None:
     held = await desk.hold()
     await desk.take(held.claim.job_id)
-    assert not await endings.requeue(held, Requeue(job_id=held.claim.job_id, attempt=1))
+    assert await endings.requeue(held, Requeue(job_id=held.claim.job_id, attempt=1)) is Outcome.LOST
     assert await desk.queued(held.claim.job_id) == ("running", 0)
 
 
@@ -149,25 +188,35 @@ async def test_requeue_of_a_job_that_was_asked_to_stop_ends_it_for_that_reason(
         await Queue(desk.database.pool).cancel(job_id)
     else:
         await desk.queue.flag_deadline(job_id)
-    await endings.requeue(held, Requeue(job_id=job_id, attempt=1, counts=True))
+    back = Requeue(job_id=job_id, attempt=1, counts=True)
+    assert await endings.requeue(held, back) is Outcome.CANCELLED, "it is not told as put back"
     assert (await desk.status(job_id), await desk.queued(job_id)) == (status, None)
 
 
 # --------------------------------------------------------------------------------------------------------- failed
 
-OOM = OutOfMemory("the device is full")
+BROKE = GenerationFailed("the pipeline raised")
 BAD = InvalidInput("the reference is broken")
 
 CASES: list[
     tuple[str, GenerationError, StopReason | None, dict[str, Any], str, tuple[str, str | None], Any, list[str]]
 ] = [
-    ("budget left", OOM, None, {}, "requeued", ("queued", None), ("scheduled", 1), ["requeued oom"]),
-    ("budget used up", OOM, None, {"max_attempts": 1}, "failed", ("failed", "oom"), None, ["failed oom"]),
+    ("budget left", BROKE, None, {}, "requeued", ("queued", None), ("scheduled", 1), ["requeued generation_failed"]),
+    (
+        "budget used up",
+        BROKE,
+        None,
+        {"max_attempts": 1},
+        "failed",
+        ("failed", "generation_failed"),
+        None,
+        ["failed generation_failed"],
+    ),
     ("not worth it", BAD, None, {}, "failed", ("failed", "invalid_input"), None, ["failed invalid_input"]),
-    ("cancelled", OOM, StopReason.USER, {}, "cancelled", ("cancelled", None), None, ["cancelled"]),
+    ("cancelled", BROKE, StopReason.USER, {}, "cancelled", ("cancelled", None), None, ["cancelled"]),
     (
         "too late",
-        OOM,
+        BROKE,
         StopReason.DEADLINE,
         {},
         "cancelled",
@@ -175,8 +224,8 @@ CASES: list[
         None,
         ["failed deadline_exceeded"],
     ),
-    ("drained", OOM, StopReason.DRAIN, {}, "requeued", ("queued", None), ("ready", 0), ["requeued drained"]),
-    ("lost", OOM, StopReason.LOST, {}, "lost", ("processing", None), ("running", 0), []),
+    ("drained", BROKE, StopReason.DRAIN, {}, "requeued", ("queued", None), ("ready", 0), ["requeued drained"]),
+    ("lost", BROKE, StopReason.LOST, {}, "lost", ("processing", None), ("running", 0), []),
 ]
 
 
@@ -211,11 +260,11 @@ async def test_failed_with_a_job_that_another_one_has_changes_nothing(
     held = await desk.hold()
     held.stop_reason = reason
     await desk.take(held.claim.job_id)
-    assert await endings.failed(held, OOM) == "lost"
+    assert await endings.failed(held, BROKE) == "lost"
     assert await desk.queued(held.claim.job_id) == ("running", 0)
 
 
-@pytest.mark.parametrize(("error", "retryable"), [(OOM, True), (BAD, False)])
+@pytest.mark.parametrize(("error", "retryable"), [(BROKE, True), (BAD, False)])
 async def test_failed_tells_whether_a_retry_is_worth_it(
     desk: Desk, endings: Endings, error: GenerationError, retryable: bool
 ) -> None:
@@ -228,9 +277,9 @@ async def test_failed_tells_whether_a_retry_is_worth_it(
 
 async def test_failed_counts_up_to_the_budget(desk: Desk, endings: Endings) -> None:
     held = await desk.hold(max_attempts=3)
-    outcomes = [await endings.failed(held, OOM)]
+    outcomes = [await endings.failed(held, BROKE)]
     while await desk.queued(held.claim.job_id):
         await desk.database.pool.execute("UPDATE job_queue SET state = 'ready'")
         (claim,) = await desk.queue.claim("sdxl", desk.worker, 1)
-        outcomes.append(await endings.failed(Held(claim), OOM))
+        outcomes.append(await endings.failed(Held(claim), BROKE))
     assert outcomes == ["requeued", "requeued", "failed"]

@@ -100,11 +100,6 @@ def files(settings: Settings) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def held_back(settings: Settings, user_id: object) -> Path:
-    """Where the user's folder of files must go."""
-    return Path(settings.blobs().removeprefix("file://")) / "workspace-temp" / str(user_id)
-
-
 async def test_a_job_becomes_files_rows_and_a_callback(desk: Desk, settings: Settings) -> None:
     async with serving(settings) as replica:
         job_id = await submit(desk, settings, num_images=3, metadata={"order": 17})
@@ -195,35 +190,6 @@ async def test_a_cancelled_job_stops_in_the_middle_and_leaves_no_file(desk: Desk
     assert await desk.events(job_id) == ["queued", "started", "cancelling", "cancelled"]
     assert [name for name in files(settings) if str(job_id) in name] == []
     assert await desk.callbacks(job_id) == ["job.cancelled"]
-
-
-async def test_a_store_that_refuses_files_puts_the_job_back(desk: Desk, settings: Settings) -> None:
-    user = await desk.database.user()
-    blocked = held_back(settings, user)
-    async with serving(settings):
-        blocked.parent.mkdir(parents=True, exist_ok=True)
-        blocked.write_text("a file where the folder should be")
-        job_id = await submit(desk, settings)
-        await desk.until("SELECT state = 'scheduled' FROM job_queue WHERE job_id = $1", job_id)
-        assert await desk.queued(job_id) == ("scheduled", 1)
-        assert await desk.events(job_id) == ["queued", "started", "requeued storage_unavailable"]
-        assert await desk.database.pool.fetchval("SELECT count(*) FROM workspace_assets") == 0
-        blocked.unlink()
-        await desk.database.pool.execute("UPDATE job_queue SET state = 'ready'")
-        assert await ended(desk, job_id) == "completed"
-    keys = await desk.database.pool.fetch("SELECT temp_storage_path, attempt FROM workspace_assets")
-    assert [(key, attempt) for key, attempt in keys] == [(f"{user}/{job_id}/2/0.png", 2)]
-
-
-async def test_a_store_that_goes_on_refusing_fails_the_job(desk: Desk, settings: Settings) -> None:
-    blocked = held_back(settings, await desk.database.user())
-    async with serving(settings):
-        blocked.parent.mkdir(parents=True, exist_ok=True)
-        blocked.write_text("")
-        job_id = await submit(desk, settings, max_attempts=1)
-        assert await ended(desk, job_id) == "failed"
-    assert await desk.status(job_id) == ("failed", "storage_unavailable")
-    assert await desk.callbacks(job_id) == ["job.failed"]
 
 
 async def test_a_job_that_was_lost_meanwhile_is_dropped(desk: Desk, settings: Settings) -> None:

@@ -9,13 +9,14 @@ import pytest
 from db.notify import QUEUE_CHANNEL, Listener, Notifier
 from db.pool import open_pool
 from db.queue import Queue, Renewal
+from db.retention import Retention
 from deployments.upkeep import Upkeep
 from tests.deployments.conftest import Desk
 
 
 @pytest.fixture
 def upkeep(desk: Desk) -> Upkeep:
-    return Upkeep(desk.queue, Notifier(desk.database.worker_pool), 30)
+    return Upkeep(desk.queue, Notifier(desk.database.worker_pool), Retention(desk.database.worker_pool))
 
 
 async def test_a_lost_job_goes_back_at_once_the_first_time(desk: Desk, upkeep: Upkeep) -> None:
@@ -66,7 +67,7 @@ async def test_two_upkeeps_rescue_a_job_once(desk: Desk) -> None:
     held = await desk.hold()
     await desk.expire()
     notifier = Notifier(desk.database.worker_pool)
-    both = [Upkeep(desk.queue, notifier, 30) for _ in range(4)]
+    both = [Upkeep(desk.queue, notifier, Retention(desk.database.worker_pool)) for _ in range(4)]
     assert sum(await asyncio.gather(*(upkeep.rescue() for upkeep in both))) == 1
     assert await desk.queued(held.claim.job_id) == ("ready", 1)
     await notifier.close()
@@ -181,7 +182,7 @@ async def test_rounds_outlive_the_database_and_try_to_revive_it(desk: Desk) -> N
     pool = await open_pool(desk.database.url, max_size=1)
     await pool.close()
     stop = asyncio.Event()
-    upkeep = Upkeep(Queue(pool), Notifier(pool), 30, revive)
+    upkeep = Upkeep(Queue(pool), Notifier(pool), Retention(pool), revive)
     running = asyncio.create_task(upkeep.run(0.01, stop))
     async with asyncio.timeout(30):
         for _ in range(2):
@@ -205,7 +206,23 @@ async def test_old_history_of_ended_jobs_is_forgotten(desk: Desk, upkeep: Upkeep
     assert await pool.fetchval("SELECT count(*) FROM jobs") == 2
 
 
+async def test_a_backlog_of_old_rows_goes_in_every_round_a_batch_at_a_time(desk: Desk) -> None:
+    (job_id,) = await desk.accept()
+    pool: asyncpg.Pool = desk.database.pool
+    await pool.execute(
+        """INSERT INTO workers (id, queue, node, pid, state, seen_at)
+           SELECT gen_random_uuid(), 'sdxl', 'n', 1, 'stopped', now() - interval '2 days' FROM generate_series(1, 7)"""
+    )
+    stop = asyncio.Event()
+    retention = Retention(desk.database.worker_pool, batch=2)
+    running = asyncio.create_task(Upkeep(desk.queue, Notifier(pool), retention).run(0.001, stop))
+    await desk.until("SELECT count(*) = 0 FROM workers")
+    stop.set()
+    await running
+    assert await desk.queued(job_id) == ("ready", 0)
+
+
 async def test_upkeep_needs_no_more_than_a_replicas_rights(desk: Desk, upkeep: Upkeep) -> None:
     assert await desk.database.worker_pool.fetchval("SELECT current_user::text") == "ourvidz_worker"
     await upkeep.once()
-    await desk.queue.prune(30)
+    await Retention(desk.database.worker_pool).prune()

@@ -247,7 +247,7 @@ async def test_a_reference_is_decoded_off_the_event_loop(
         threads.append(threading.current_thread())
         return open_reference(*arguments)
 
-    monkeypatch.setattr("serve_app.submission.open_reference", opening)
+    monkeypatch.setattr("serve_app.references.open_reference", opening)
     alice, picture = alice_with_a_picture
     assert (await alice.post("/v1/jobs", json=a_job(reference_image_url=picture, steps=4))).status_code == 202
     assert len(threads) == 1
@@ -267,7 +267,7 @@ async def test_the_document_tells_both_dialects_and_no_422(server: InProcess, pa
 async def test_a_stream_ends_when_its_key_is_revoked(
     database: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve_app.events.LOOK_SECONDS", 0.05)
+    monkeypatch.setattr("serve_app.watches.LOOK_SECONDS", 0.05)
     async with running(database, tmp_path) as site, asyncio.timeout(60):
         headers = {"Authorization": f"Bearer {site.api_key}"}
         async with httpx2.AsyncClient(base_url=site.url, headers=headers, timeout=30) as client:
@@ -278,9 +278,9 @@ async def test_a_stream_ends_when_its_key_is_revoked(
                     pass
                 access = Access(database.pool)
                 (key,) = [key for key in await access.list_keys() if site.api_key.startswith(key.prefix)]
-                assert await access.key_holds(key.id)
+                assert await access.keys_that_hold({key.id}) == {key.id}
                 await access.revoke_key(key.id)
-                assert not await access.key_holds(key.id)
+                assert await access.keys_that_hold({key.id}) == set()
                 rest = [line async for line in lines]
         assert not any("cancelled" in line or "failed" in line for line in rest)
         assert await database.pool.fetchval("SELECT status FROM jobs") == "queued"

@@ -408,3 +408,12 @@ async def on_a_terminal(environment: dict[str, str], *arguments: str) -> tuple[i
         pass
     os.close(ours)
     return code, shown.decode()
+
+
+async def test_watch_into_a_folder_that_can_not_be_made_exits_with_2(database: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    async with running(database, tmp_path) as site:
+        code, out, err = await site.command("jobs", "watch", "0", "--out", str(tmp_path / "file" / "out"))
+    assert (code, out) == (2, "")
+    assert "no files can be put there" in err
+    assert "Traceback" not in err

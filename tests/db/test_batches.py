@@ -1,4 +1,4 @@
-"""The finisher: many settlements in one statement, and each caller with its own outcome."""
+"""Batches: many settlements or acceptances in one statement, and each caller with its own outcome."""
 
 import asyncio
 from typing import Any
@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from db.finisher import Finisher
+from db.batches import Batcher
 from db.jobs import Jobs, Status
 from db.queue import Queue, Settlement
 from tests.db.test_queue import new_job
@@ -32,18 +32,16 @@ async def transactions(pool: asyncpg.Pool) -> int:
 
 async def test_settlements_that_come_together_share_one_commit(database: Any) -> None:
     ids = await running_jobs(database, 8)
-    finisher = Finisher(Queue(database.worker_pool))
-    ended = await asyncio.gather(*(finisher.settle(done(job_id)) for job_id in ids))
+    ends = Batcher(Queue(database.worker_pool).settle_each)
+    ended = await asyncio.gather(*(ends.put(done(job_id)) for job_id in ids))
     assert [e.job_id for e in ended if e] == ids
     assert await transactions(database.pool) == 1
 
 
 async def test_each_caller_gets_its_own_outcome(database: Any) -> None:
     fresh, stale = await running_jobs(database, 2)
-    finisher = Finisher(Queue(database.worker_pool))
-    ended = await asyncio.gather(
-        finisher.settle(done(stale, attempt=7)), finisher.settle(done(fresh)), finisher.settle(done(uuid4()))
-    )
+    ends = Batcher(Queue(database.worker_pool).settle_each)
+    ended = await asyncio.gather(ends.put(done(stale, attempt=7)), ends.put(done(fresh)), ends.put(done(uuid4())))
     assert [e and e.job_id for e in ended] == [None, fresh, None]
     assert await database.pool.fetchval("SELECT status FROM jobs WHERE id = $1", stale) == "processing"
 
@@ -52,18 +50,18 @@ async def test_a_stale_and_a_true_end_of_one_job_do_not_mix(database: Any) -> No
     (job_id,) = await running_jobs(database, 1)
     await database.pool.execute("UPDATE job_queue SET attempt = 2")
     late = done(job_id, status=Status.FAILED, error_code="oom", error_message="of the lost run")
-    finisher = Finisher(Queue(database.worker_pool))
-    outcomes = await asyncio.gather(finisher.settle(late), finisher.settle(done(job_id, 2)), finisher.settle(late))
+    ends = Batcher(Queue(database.worker_pool).settle_each)
+    outcomes = await asyncio.gather(ends.put(late), ends.put(done(job_id, 2)), ends.put(late))
     assert [o and o.status for o in outcomes] == [None, Status.COMPLETED, None]
     assert tuple(await database.pool.fetchrow("SELECT status, error_code FROM jobs")) == ("completed", None)
 
 
 async def test_a_broken_settlement_fails_alone(database: Any) -> None:
     first, broken, last = await running_jobs(database, 3)
-    finisher = Finisher(Queue(database.worker_pool))
+    ends = Batcher(Queue(database.worker_pool).settle_each)
     no_code = done(broken, status=Status.FAILED)  # the table insists on a code
     outcomes = await asyncio.gather(
-        finisher.settle(done(first)), finisher.settle(no_code), finisher.settle(done(last)), return_exceptions=True
+        ends.put(done(first)), ends.put(no_code), ends.put(done(last)), return_exceptions=True
     )
     assert isinstance(outcomes[1], asyncpg.CheckViolationError)
     statuses = await database.pool.fetch("SELECT status FROM jobs ORDER BY id")
@@ -72,10 +70,10 @@ async def test_a_broken_settlement_fails_alone(database: Any) -> None:
 
 async def test_what_is_no_json_fails_alone(database: Any) -> None:
     broken, fine = await running_jobs(database, 2)
-    finisher = Finisher(Queue(database.worker_pool))
+    ends = Batcher(Queue(database.worker_pool).settle_each)
     outcomes = await asyncio.gather(
-        finisher.settle(done(broken, settings={"guidance": float("nan")})),
-        finisher.settle(done(fine)),
+        ends.put(done(broken, settings={"guidance": float("nan")})),
+        ends.put(done(fine)),
         return_exceptions=True,
     )
     assert isinstance(outcomes[0], asyncpg.DataError)
@@ -86,15 +84,15 @@ async def test_what_is_no_json_fails_alone(database: Any) -> None:
 async def test_a_lost_connection_is_told_to_every_caller_of_the_batch(database: Any) -> None:
     ids = await running_jobs(database, 2)
     await database.worker_pool.close()
-    finisher = Finisher(Queue(database.worker_pool))
-    outcomes = await asyncio.gather(*(finisher.settle(done(job_id)) for job_id in ids), return_exceptions=True)
+    ends = Batcher(Queue(database.worker_pool).settle_each)
+    outcomes = await asyncio.gather(*(ends.put(done(job_id)) for job_id in ids), return_exceptions=True)
     assert [type(o) for o in outcomes] == [asyncpg.InterfaceError] * 2
 
 
 async def test_a_caller_cancelled_in_time_takes_its_settlement_back(database: Any) -> None:
     kept, taken_back = await running_jobs(database, 2)
-    finisher = Finisher(Queue(database.worker_pool))
-    tasks = [asyncio.create_task(finisher.settle(done(job_id))) for job_id in (kept, taken_back)]
+    ends = Batcher(Queue(database.worker_pool).settle_each)
+    tasks = [asyncio.create_task(ends.put(done(job_id))) for job_id in (kept, taken_back)]
     await asyncio.sleep(0)  # both have asked; nothing is sent before the loop comes round
     tasks[1].cancel()
     assert await tasks[0] is not None
@@ -105,6 +103,6 @@ async def test_a_caller_cancelled_in_time_takes_its_settlement_back(database: An
 
 async def test_more_than_a_batch_goes_in_several(database: Any) -> None:
     ids = await running_jobs(database, 5)
-    finisher = Finisher(Queue(database.worker_pool), max_batch=2)
-    await asyncio.gather(*(finisher.settle(done(job_id)) for job_id in ids))
+    ends = Batcher(Queue(database.worker_pool).settle_each, max_batch=2)
+    await asyncio.gather(*(ends.put(done(job_id)) for job_id in ids))
     assert await transactions(database.pool) == 3

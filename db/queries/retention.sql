@@ -1,0 +1,40 @@
+-- name: prune_events(days, batch)$
+-- Delete old events of ended jobs, oldest first. How many.
+WITH gone AS (
+  DELETE FROM job_events WHERE id = ANY (ARRAY(
+    SELECT e.id FROM job_events e
+    WHERE e.at < now() - make_interval(days => :days::int)
+      AND EXISTS (SELECT FROM jobs j WHERE j.id = e.job_id AND j.completed_at IS NOT NULL)
+    ORDER BY e.at LIMIT :batch::int))
+  RETURNING 1
+)
+SELECT count(*) FROM gone;
+
+-- name: prune_deliveries(days, batch)$
+-- Delete the log of old tries to deliver callbacks, oldest first. How many.
+WITH gone AS (
+  DELETE FROM callback_attempts WHERE id = ANY (ARRAY(
+    SELECT id FROM callback_attempts WHERE at < now() - make_interval(days => :days::int)
+    ORDER BY at LIMIT :batch::int))
+  RETURNING 1
+)
+SELECT count(*) FROM gone;
+
+-- name: prune_idempotency_keys(batch)$
+-- Delete keys that have expired. How many.
+WITH old AS MATERIALIZED (
+  SELECT user_id, key FROM idempotency_keys WHERE expires_at < now() ORDER BY expires_at LIMIT :batch::int
+), gone AS (
+  DELETE FROM idempotency_keys k USING old WHERE k.user_id = old.user_id AND k.key = old.key AND k.expires_at < now()
+  RETURNING 1
+)
+SELECT count(*) FROM gone;
+
+-- name: prune_workers(batch)$
+-- Delete replicas that were not seen for a day. How many.
+WITH gone AS (
+  DELETE FROM workers WHERE id = ANY (ARRAY(
+    SELECT id FROM workers WHERE seen_at < now() - interval '1 day' LIMIT :batch::int))
+  RETURNING 1
+)
+SELECT count(*) FROM gone;
