@@ -1,5 +1,6 @@
 """What happens when parts of a real cluster die or are told to stop."""
 
+import json
 import os
 import signal
 import threading
