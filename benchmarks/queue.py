@@ -2,9 +2,9 @@
 
 Jobs do nothing; the bookkeeping is all there: on our side that is the fence, the charge, three events, the fair share,
 the run time and the outbox row. Every submit is a call of its own that returns when it is durable; calls that come at
-the same time share a commit, as they do in the API's process. The contenders take turns, round by round, so that a noisy
-machine hurts them alike; what counts are the medians and their ratios, not the rates. The peers run at the settings that
-were their best in a sweep.
+the same time share a commit, as they do in the API's process. The contenders take turns, round by round, so that a
+noisy machine hurts them alike; what counts are the medians and their ratios, not the rates. The peers run at the
+settings that were their best in a sweep.
 
 Needs `pip install procrastinate "pgqueuer[asyncpg]" "psycopg[binary,pool]"` beside this project.
 """
