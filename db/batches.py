@@ -15,6 +15,7 @@ import asyncpg
 from db.pool import CONNECTION_FAULTS
 
 MAX_BATCH = 200
+TRIES = 3  # of a statement that Postgres rolled back for somebody else's lock
 GATHER_SECONDS = (
     0.002  # for what comes in bursts: the jobs of one batch end together, and their ends are to be one commit
 )
@@ -61,16 +62,28 @@ class Batcher(Generic[Item, Outcome]):
         return await waiting.outcome
 
     async def _flush(self) -> None:
-        await asyncio.sleep(self._gather_seconds)
-        while self._waiting:
-            taken, self._waiting = self._waiting[: self._max_batch], self._waiting[self._max_batch :]
-            batch = [waiting for waiting in taken if not waiting.outcome.done()]
-            if batch:
-                await self._send(batch)
+        taken: list[_Waiting[Item, Outcome]] = []
+        try:
+            await asyncio.sleep(self._gather_seconds)
+            while self._waiting:
+                taken, self._waiting = self._waiting[: self._max_batch], self._waiting[self._max_batch :]
+                batch = [waiting for waiting in taken if not waiting.outcome.done()]
+                if batch:
+                    await self._send(batch)
+        except BaseException as error:  # cancelled: nobody would come for those who wait
+            self._fail([*taken, *self._waiting], error)
+            self._waiting = []
+            raise
 
-    async def _send(self, batch: list[_Waiting[Item, Outcome]]) -> None:
+    async def _send(self, batch: list[_Waiting[Item, Outcome]], tries: int = TRIES) -> None:
         try:
             outcomes = await self._write([waiting.item for waiting in batch])
+        except asyncpg.exceptions.TransactionRollbackError as error:
+            # a deadlock, of which this was the victim: nothing was written, and it is nobody's fault here
+            if tries > 1:
+                await self._send(batch, tries - 1)
+            else:
+                self._fail(batch, error)
         except CONNECTION_FAULTS as error:
             self._fail(batch, error)
         except asyncpg.PostgresError as error:
@@ -79,9 +92,8 @@ class Batcher(Generic[Item, Outcome]):
                 return
             for waiting in batch:  # nothing was written; one of them is at fault, and only that one is to hear of it
                 await self._send([waiting])
-        except BaseException as error:
+        except Exception as error:
             self._fail(batch, error)
-            raise
         else:
             for waiting, outcome in zip(batch, outcomes, strict=True):
                 if not waiting.outcome.done():

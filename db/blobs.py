@@ -45,6 +45,7 @@ CONTENT_TYPES = {
     "gz": "application/gzip",
 }
 STREAM_CHUNK_BYTES = 2**20
+DELETED_AT_ONCE = 500
 MAX_KEY_LENGTH = 900  # S3 allows 1024 bytes, of which an operator's prefix takes some
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
@@ -155,7 +156,10 @@ class BlobStore:
         if content_type != content_type_of(key):
             raise InvalidBlobName(f"a blob of type {content_type} needs a name that says so")
         attributes = None if isinstance(store, LocalStore) else {"Content-Type": content_type}
-        await self._run(lambda: store.put(path, data, attributes=attributes))
+        try:
+            await self._run(lambda: store.put(path, data, attributes=attributes))
+        except BlobNotFound:  # the bucket itself is not there
+            raise StorageUnavailable("the object store has no such bucket") from None
         if self._folder is not None:
             folder = self._folder
             await self._run(lambda: _sync_to_disk(folder / path, folder))
@@ -199,8 +203,20 @@ class BlobStore:
         if not keys:
             return
         store = self._find(bucket, keys[0])[0]
-        paths = [self._find(bucket, key)[1] for key in keys]
+        await self._delete(store, [self._find(bucket, key)[1] for key in keys])
 
+    async def delete_below(self, bucket: str, prefix: str) -> int:
+        """Delete all blobs below a prefix, whoever named them; returns how many. Raises as `delete` and `list` do."""
+        deleted = 0
+        root = self._root(bucket)[1]
+        keys = [info.key async for info in self.list(bucket, prefix)]
+        for start in range(0, len(keys), DELETED_AT_ONCE):
+            page = keys[start : start + DELETED_AT_ONCE]
+            await self._delete(self._stores[bucket][0], [root + key for key in page])
+            deleted += len(page)
+        return deleted
+
+    async def _delete(self, store: Store, paths: Sequence[str]) -> None:
         def each() -> None:
             for path in paths:
                 with contextlib.suppress(FileNotFoundError):

@@ -134,11 +134,17 @@ def _path(folder: Path, entry: Entry) -> Path:
 
 
 async def _check_store(folder: Path, blobs: BlobStore) -> None:
-    """Nothing but what an earlier try of the same restore has written may be there."""
+    """Nothing but what an earlier try of the same restore has written may be there, and that whole."""
     for bucket in BUCKETS:
-        async for info in blobs.list(bucket):
-            if not (folder / FILES / bucket / info.key).is_file():
-                raise TargetNotEmpty(f"the object store is not empty: there are other files in {bucket}")
+        try:
+            async for info in blobs.list(bucket):
+                ours = folder / FILES / bucket / info.key
+                if not ours.is_file() or await asyncio.to_thread(ours.read_bytes) != await blobs.get(bucket, info.key):
+                    raise TargetNotEmpty(f"the object store is not empty: there are other files in {bucket}")
+        except BlobNotFound:
+            continue  # a bucket that nobody has written to yet
+        except InvalidBlobName:
+            raise TargetNotEmpty(f"the object store is not empty: there are other files in {bucket}") from None
 
 
 async def _fill_store(folder: Path, blobs: BlobStore) -> None:

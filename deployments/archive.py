@@ -10,6 +10,7 @@ only the ones that have not changed since. Wherever the process dies, the next c
 before that point it writes the files anew, after it it reads them back and deletes the rest.
 """
 
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -25,7 +26,7 @@ import asyncpg
 import structlog
 
 from db.archives import ArchivedJob, Archives, Plan, Snapshot, Survey
-from db.blobs import BlobNotFound, BlobStore, content_type_of
+from db.blobs import BlobNotFound, BlobStore, InvalidBlobName, content_type_of
 from deployments.storing import BUCKET, REFERENCE_BUCKET
 
 log = structlog.get_logger()
@@ -165,7 +166,13 @@ class Archive:
             keys.setdefault(file.bucket, []).append(file.key)
         for bucket, of_bucket in keys.items():
             for start in range(0, len(of_bucket), DELETED_AT_ONCE):
-                await self._blobs.delete(bucket, of_bucket[start : start + DELETED_AT_ONCE])
+                page = of_bucket[start : start + DELETED_AT_ONCE]
+                try:
+                    await self._blobs.delete(bucket, page)
+                except InvalidBlobName:  # a row of another system's may name a file as none of ours is named
+                    for key in page:
+                        with contextlib.suppress(InvalidBlobName):
+                            await self._blobs.delete(bucket, [key])
         return sum(map(len, keys.values()))
 
     async def read_back(self, name: str) -> tuple[dict[str, Any], dict[str, tuple[bytes, int]]]:

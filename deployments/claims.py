@@ -156,6 +156,10 @@ class ClaimLoop:
         self._wake.set()
         if self._loops:  # a claim that is under way must come back, or its jobs would wait for their leases
             await asyncio.wait(self._loops[:1], timeout=self._lease)
+        try:
+            await self._give_back_unheard()
+        except CONNECTION_FAULTS as error:
+            log.warning("claim_unheard_kept", queue=self._name, error=type(error).__name__)  # its lease will run out
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
         for held in list(self._tasks.values()):

@@ -6,14 +6,13 @@ from uuid import UUID
 import asyncpg
 import structlog
 
-from db.blobs import BlobNotFound, BlobStore
+from db.blobs import BlobNotFound, BlobStore, StorageUnavailable
 from db.erasures import Erasures
 from deployments.storing import BUCKET, REFERENCE_BUCKET
 
 log = structlog.get_logger()
 
 USER_BUCKETS = (BUCKET, REFERENCE_BUCKET, "user-library", "avatars")  # keys begin with the user's id
-PAGE = 500
 
 
 class Erasure:
@@ -45,20 +44,17 @@ class Erasure:
             return True  # nothing was deleted; once more
 
     async def _delete_files(self, bucket: str, user_id: UUID) -> int:
-        deleted, page = 0, []
         try:
-            async for info in self._blobs.list(bucket, str(user_id)):
-                page.append(info.key)
+            return await self._blobs.delete_below(bucket, str(user_id))
         except BlobNotFound:
             return 0  # a bucket that nobody has written to yet
-        for start in range(0, len(page), PAGE):
-            await self._blobs.delete(bucket, page[start : start + PAGE])
-            deleted += len(page[start : start + PAGE])
-        return deleted
 
     async def resume(self) -> int:
-        """Go on with what others left behind; returns how many users are gone now."""
+        """Go on with what others left behind; returns how many users are gone now. One that fails delays no other."""
         done = 0
         for user_id in await self._erasures.pending():
-            done += await self.carry_out(user_id)
+            try:
+                done += await self.carry_out(user_id)
+            except StorageUnavailable as error:
+                log.warning("erasure_waits", error=str(error))
         return done

@@ -146,8 +146,11 @@ class Replica:
     async def _await_store(self) -> None:
         while True:
             await asyncio.sleep(self.settings.renew_seconds)
-            if self._storing.away and self._loop is not None and await self._storing.is_back(str(self.worker)):
-                self._loop.wake()
+            try:
+                if self._storing.away and self._loop is not None and await self._storing.is_back(str(self.worker)):
+                    self._loop.wake()
+            except Exception as error:  # a replica that stopped looking would never claim again
+                log.warning("store_probe_failed", error=type(error).__name__)
 
     async def _work(self, held: Held) -> None:
         """One job, from claim to end."""

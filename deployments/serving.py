@@ -152,11 +152,11 @@ class UpkeepDuty(_Duty):
     async def _sweep(self, sweep: Sweep, erasure: Erasure) -> None:
         while True:
             await asyncio.sleep(self.settings.sweep_seconds)
-            try:
-                await erasure.resume()
-                await sweep.once()
-            except Exception as error:  # the next round tries again; jobs don't wait for this duty
-                log.warning("sweep_failed", error=type(error).__name__)
+            for duty in (erasure.resume, sweep.once):
+                try:
+                    await duty()
+                except Exception as error:  # the next round tries again; jobs don't wait for these duties
+                    log.warning("sweep_failed", duty=duty.__qualname__, error=type(error).__name__)
 
     async def __del__(self) -> None:
         self._sweeping.cancel()

@@ -99,7 +99,10 @@ class Settings(BaseSettings):
         60, ge=0, le=240, description="How long a replica keeps finished work in hand while the object store is away."
     )
     store_outage_seconds: float = Field(
-        3600, ge=0, le=7 * 86400, description="How long the object store may be away before jobs fail for it."
+        3600,
+        ge=0,
+        le=7 * 86400,
+        description="How long after its first failure for the store's sake a job may fail so again.",
     )
     max_attempts: int = Field(3, ge=1, le=20, description="Failed runs and lost leases that a job may have.")
     max_body_bytes: int = Field(1_000_000, ge=1000, description="Largest request body.")

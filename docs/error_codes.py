@@ -60,6 +60,7 @@ MEANINGS = {
     "admin_only": "Only an admin may do this.",
     "job_open": "The job has not ended. Cancel it first.",
     "nsfw_not_allowed": "The profile, or the user's age verification, does not allow nsfw.",
+    "too_many_references": "More jobs of a batch have a reference image than the message says.",
     "age_not_verified": "nsfw needs an age-verified user.",
     "reference_not_allowed": "In nsfw mode a reference must be an image that this system made.",
     "invalid_signature": "403: the signature of a file's URL. 401: the signature or the time of a provider's report.",

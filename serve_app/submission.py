@@ -28,6 +28,7 @@ from serve_app.edge import Edge
 from serve_app.references import forget_references, keep_reference
 
 ENHANCE_SECONDS = 3.0  # of predicted work, until runs have been measured
+MAX_BATCH_REFERENCES = 5
 MAX_METADATA_BYTES = 16_384
 MAX_METADATA_DEPTH = 32
 
@@ -90,6 +91,9 @@ async def submit_together(
         earlier = await edge.jobs.accepted_before(user.user_id, idempotency_key, body, len(asked))
         if earlier is not None:
             return earlier
+    if sum(one.reference_url is not None for one in asked) > MAX_BATCH_REFERENCES:
+        message = f"at most {MAX_BATCH_REFERENCES} jobs of a batch may have a reference image, which is fetched first"
+        raise Problem(422, "too_many_references", message, field="jobs")
     checked, jobs, stored = [], [], list[str]()
     for n, one in enumerate(asked):
         with _numbered(n):
@@ -137,7 +141,7 @@ def _numbered(n: int) -> Iterator[None]:
         yield
     except Exception as error:
         problem = problem_of(error)
-        if problem.status >= 500:
+        if problem.status >= 500 and not isinstance(error, Problem):
             raise
         errors = [e.model_copy(update={"field": f"jobs.{n}.{e.field}"}) for e in problem.errors]
         errors = errors or [FieldProblem(field=f"jobs.{n}", message=problem.detail, code=problem.code)]

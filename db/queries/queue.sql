@@ -130,6 +130,20 @@ WITH given AS MATERIALIZED (
     error_message text, kind text, queue text, cost real, stage text, enhanced_prompt text, enhancement jsonb,
     enhancement_strategy text, enhancement_time_ms int, template_name text, expansion numeric, batch_size smallint,
     avoid_worker uuid, avoid_seconds double precision, outage boolean)
+), held AS MATERIALIZED (
+  -- locked first: a renewal at this moment must not have the tag drawn twice
+  SELECT g.n, q.job_id, q.user_id, q.queue, q.class, q.cost,
+         greatest(0, extract(epoch FROM clock_timestamp() - q.claimed_at)::float8) AS seconds
+  FROM given g JOIN job_queue q USING (job_id)
+  WHERE q.state = 'running' AND q.attempt = g.attempt AND q.cancel IS NULL
+    AND (g.expired IS NOT TRUE OR q.lease_until < clock_timestamp())
+  FOR UPDATE OF q
+), charged AS MATERIALIZED (
+  -- the run that ends is charged as it was; the prediction stays charged only if the job keeps its place. Before the new
+  -- tag is drawn: shares are taken in the order of their keys, and the queue of the first stage is the first of them
+  SELECT ourvidz.charge(queue, user_id, class, seconds - CASE WHEN stays THEN 0 ELSE cost END)
+  FROM (SELECT h.*, g.queue IS NULL AND coalesce(g.delay_seconds, 0) <= 0 AS stays
+        FROM held h JOIN given g USING (n) ORDER BY h.queue, h.user_id, h.class) in_order
 ), moved AS (
   UPDATE job_queue q
   SET state = (CASE WHEN g.delay_seconds > 0 THEN 'scheduled' ELSE 'ready' END)::queue_state,
@@ -142,15 +156,9 @@ WITH given AS MATERIALIZED (
       avoid_worker = coalesce(g.avoid_worker, q.avoid_worker),
       avoid_until = coalesce(now() + make_interval(secs => g.avoid_seconds), q.avoid_until),
       outage_since = CASE WHEN g.outage THEN coalesce(q.outage_since, now()) WHEN g.counts THEN NULL ELSE q.outage_since END
-  FROM given g JOIN job_queue before USING (job_id)
-  WHERE q.job_id = g.job_id AND q.state = 'running' AND q.attempt = g.attempt AND q.cancel IS NULL
-    AND (g.expired IS NOT TRUE OR q.lease_until < clock_timestamp())
-  RETURNING q.*, g.n, before.queue AS left_queue, before.cost AS left_cost, g.queue IS NULL AND q.state = 'ready' AS stays
-), charged AS MATERIALIZED (
-  -- the run that ends is charged as it was; the prediction stays charged only if the job keeps its place
-  SELECT ourvidz.charge(left_queue, user_id, class, held - CASE WHEN stays THEN 0 ELSE left_cost END)
-  FROM (SELECT *, greatest(0, extract(epoch FROM clock_timestamp() - claimed_at)::float8) AS held
-        FROM moved ORDER BY left_queue, user_id, class) in_order
+  FROM given g
+  WHERE q.job_id = g.job_id AND g.n IN (SELECT n FROM held) AND (SELECT count(*) FROM charged) > 0
+  RETURNING q.job_id, q.attempt, q.queue, q.failures, g.n
 ), waiting AS (
   UPDATE jobs j
   SET status = 'queued', event_seq = j.event_seq + 1, failures = m.failures, stage = coalesce(g.stage, j.stage),
@@ -170,7 +178,7 @@ WITH given AS MATERIALIZED (
     'batch_size', batch_size, 'elsewhere_for_seconds', avoid_seconds))
   FROM waiting
 )
-SELECT id AS job_id, queue FROM waiting WHERE (SELECT count(*) FROM charged) > 0;
+SELECT id AS job_id, queue FROM waiting;
 
 -- name: unheard(worker, known)
 -- Running jobs that a worker claimed without hearing so, because the connection broke: it knows of `known` alone.

@@ -69,6 +69,8 @@ def restore(
         else:
             say(f"the backup of {manifest.taken_at} is whole: {_counts(manifest)}; {manifest.files} files")
         return
+    if (into is None) != (store is None):
+        raise Stop("--into and --store go together: a database and the store that its rows speak of", USAGE)
     settings = load_settings()
     if into is not None:
         settings = settings.model_copy(update={"database_url": SecretStr(into)})

@@ -106,3 +106,37 @@ async def test_more_than_a_batch_goes_in_several(database: Any) -> None:
     ends = Batcher(Queue(database.worker_pool).settle_each, max_batch=2)
     await asyncio.gather(*(ends.put(done(job_id)) for job_id in ids))
     assert await transactions(database.pool) == 3
+
+
+async def test_an_error_that_nobody_foresaw_leaves_nobody_waiting() -> None:
+    async def write(items: Any) -> list[int]:
+        await asyncio.sleep(0)
+        if "bad" in items:
+            raise MemoryError
+        return [len(items)] * len(items)
+
+    batcher: Batcher[str, int] = Batcher(write, max_batch=2)
+    async with asyncio.timeout(10):
+        outcomes = await asyncio.gather(
+            *(batcher.put(item) for item in ("a", "bad", "b", "c", "d")), return_exceptions=True
+        )
+    assert [outcome if isinstance(outcome, int) else type(outcome) for outcome in outcomes] == [
+        MemoryError,
+        MemoryError,
+        2,
+        2,
+        1,
+    ]
+
+
+async def test_the_victim_of_a_deadlock_is_written_again(database: Any) -> None:
+    (job_id,) = await running_jobs(database, 1)
+    await database.pool.execute(
+        """CREATE SEQUENCE faults;
+           CREATE FUNCTION fault() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$ BEGIN
+             IF nextval('faults') <= 2 THEN RAISE EXCEPTION 'no' USING ERRCODE = '40P01'; END IF; RETURN OLD; END $$;
+           CREATE TRIGGER fault BEFORE DELETE ON job_queue FOR EACH ROW EXECUTE FUNCTION fault()"""
+    )
+    ended = await Batcher(Queue(database.worker_pool).settle_each).put(done(job_id))
+    assert ended is not None
+    assert await database.pool.fetchval("SELECT last_value FROM faults") == 3

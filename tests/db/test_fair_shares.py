@@ -210,3 +210,26 @@ async def check_bound(url: str, costs: list[list[float]]) -> None:
             for b in users:
                 assert served[a] - served[b] <= longest[a] + longest[b] + 1e-3
     await pool.close()
+
+
+async def test_a_hop_takes_shares_in_the_order_of_everybody_else(database: Any) -> None:
+    user = await database.user()
+    await accept(database.pool, [*rows(user, [10.0], queue="qwen"), *rows(user, [10.0], queue="sdxl")])
+    (claim,) = await Queue(database.worker_pool).claim("qwen", WORKER, 1)
+    holding, looking = [await asyncpg.connect(database.url) for _ in range(2)]
+    try:
+        transaction = holding.transaction()
+        await transaction.start()
+        await holding.execute("SELECT 1 FROM fair_shares WHERE queue = 'qwen' FOR UPDATE")
+        hop = Requeue(job_id=claim.job_id, attempt=1, queue="sdxl", cost=3.0, kind="enhanced")
+        hopping = asyncio.create_task(Queue(database.worker_pool).requeue([hop]))
+        waits = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%charged%')"
+        async with asyncio.timeout(20):
+            while not await looking.fetchval(waits):  # noqa: ASYNC110 (Postgres tells nobody that somebody waits)
+                await asyncio.sleep(0.01)
+        await looking.execute("SELECT 1 FROM fair_shares WHERE queue = 'sdxl' FOR UPDATE NOWAIT")  # it is free yet
+        await transaction.rollback()
+        assert await hopping == {claim.job_id: "sdxl"}
+    finally:
+        await holding.close()
+        await looking.close()

@@ -371,3 +371,11 @@ async def test_a_replicas_connection_stays_a_replicas(people: People) -> None:
     async with await open_pool(people.database.url, role="ourvidz_worker", max_size=1) as pool:
         for _ in range(2):
             assert await pool.fetchval("SELECT current_user::text") == "ourvidz_worker"
+
+
+async def test_temporary_tables_do_not_stand_for_ours(people: People) -> None:
+    async with acting(people.database.worker_pool, "ourvidz_worker") as connection:
+        await connection.execute("CREATE TEMPORARY TABLE erasures (user_id uuid)")
+        await connection.execute("INSERT INTO erasures VALUES ($1)", people.alice)
+        assert await connection.fetchval("SELECT ourvidz.erase_some($1, 10)", people.alice) == 0
+        assert await connection.fetchval("SELECT count(*) FROM jobs") == 4

@@ -10,13 +10,19 @@ import asyncpg
 import pytest
 
 from db import embedded
+from db.callbacks import Callbacks
 from db.jobs import Jobs, Status
 from db.migrate import migrate
-from db.pool import WORKER_ROLE, open_pool
+from db.pool import CONNECTION_FAULTS, WORKER_ROLE, open_pool
 from db.queue import Queue, Requeue, Settlement
+from deployments.callbacks import Deliverer
 from deployments.claims import ClaimLoop, Held
+from deployments.egress import AllowedHost, Egress, EgressPolicy
 from deployments.endings import Endings, Outcome
+from deployments.signatures import CallbackSecrets
 from tests.conftest import TestDatabase, state_folder
+from tests.db.outbox import Outbox
+from tests.deployments import hostile
 from tests.deployments.conftest import Desk, Road
 from tests.serve_app.conftest import a_job, in_process
 
@@ -168,6 +174,49 @@ async def test_an_acceptance_whose_commit_was_not_heard_of_is_found_by_its_key(
         again = await alice.post("/v1/jobs", json=a_job(), headers=key)
         assert again.status_code in (200, 202)
         assert await database.pool.fetchval("SELECT id::text FROM jobs") == again.json()["id"]
+
+
+async def test_a_delivery_whose_commit_was_not_heard_of_is_not_sent_again(database: TestDatabase, road: Road) -> None:
+    outbox = await Outbox.open(database)
+    async with (
+        hostile.receiving(hostile.answer(200)) as receiver,
+        await open_pool(road.url, role=WORKER_ROLE, max_size=1) as pool,
+    ):
+        worker = delivering(Callbacks(pool), receiver)
+        await outbox.add("earlier", url=receiver.url)
+        await worker.deliver_one(await outbox.one())  # the statement is prepared, so that it is one message from now on
+        await outbox.add("now", job_id=await outbox.job(), url=receiver.url)
+        taken = await outbox.one()
+        road.hold_answers()
+        sending = asyncio.create_task(worker.deliver_one(taken))
+        await Desk(database).until("SELECT state = 'delivered' FROM callback_outbox WHERE id = 'now'")
+        road.cut()
+        with pytest.raises(CONNECTION_FAULTS):
+            await sending
+        assert await outbox.claimed() == []
+    assert [request.headers["webhook-id"] for request in receiver.requests] == ["earlier", "now"]
+
+
+async def test_a_delivery_that_could_not_be_written_down_is_sent_again_under_its_id(
+    database: TestDatabase, road: Road
+) -> None:
+    outbox = await Outbox.open(database)
+    async with hostile.receiving(hostile.answer(200)) as receiver, await open_pool(road.url, role=WORKER_ROLE) as pool:
+        await outbox.add("now", url=receiver.url)
+        taken = await outbox.one()
+        worker = delivering(Callbacks(pool), receiver)
+        road.close()
+        with pytest.raises(CONNECTION_FAULTS):
+            await worker.deliver_one(taken)
+        road.open()
+        await outbox.expire("now")
+        assert await worker.deliver_one(await outbox.one()) == "delivered"
+    assert [request.headers["webhook-id"] for request in receiver.requests] == ["now", "now"]
+
+
+def delivering(callbacks: Callbacks, receiver: hostile.Receiver) -> Deliverer:
+    allowed = AllowedHost("127.0.0.1", receiver.port, "http")
+    return Deliverer(callbacks, Egress(EgressPolicy(allow=(allowed,))), CallbackSecrets(b"m" * 32))
 
 
 # ------------------------------------------------------------------------------------------- a server of one's own

@@ -194,7 +194,7 @@ async def test_a_request_is_durable_before_anything_is_deleted_and_upkeep_ends_i
 
 async def test_files_go_although_the_store_was_away(server: InProcess, ann: Person) -> None:
     class Away(BlobStore):
-        async def delete(self, bucket: str, keys: Any) -> None:
+        async def delete_below(self, bucket: str, prefix: str) -> int:
             raise StorageUnavailable("away")
 
     store = Away.from_url(server.settings.blobs())
