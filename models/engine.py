@@ -1,24 +1,32 @@
-"""The engine: one thread that owns one model and runs generations on it, with progress, cancellation and isolation.
+"""The engine: one thread that owns the models of a replica and schedules their denoise steps.
 
-Whoever submits gets a `Ticket`. The engine thread is the only one that touches the model; tickets may be used
-from any thread and awaited from asyncio. A failed generation fails its ticket and nothing else, unless it
-broke the device: then the engine says so in `broken`, fails what it holds and ends. The errors are those of
-`models.generation`, given out here as well.
+Requests join, give way, are cancelled and leave at step boundaries. Each runs the stock pipeline of diffusers in a
+greenlet (`models.runs`); its denoiser calls are parked, and those that share a shape are run as one forward
+(`models.denoiser`), in the order of `models.order` and by the measured costs of `models.costs`. Text encoding and
+decoding happen on other threads meanwhile (`models.lanes`).
+
+Whoever submits gets a `Ticket`, which may be used from any thread and awaited from asyncio. A failed generation fails
+its ticket and nothing else, unless it broke the device: then the engine says so in `broken`, fails what it holds and
+ends. The errors are those of `models.generation`, given out here as well.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
-import traceback
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import structlog
 
+from models.costs import Costs, Shape, shape_of
+from models.denoiser import Call, run_together
 from models.generation import (
     Cancelled,
     Control,
@@ -35,6 +43,10 @@ from models.generation import (
     as_generation_error,
     release_device_memory,
 )
+from models.lanes import Lane, LaneName, Pace, adopt
+from models.order import Order
+from models.runs import Aside, Run
+from models.tickets import Progress, Ticket
 
 __all__ = [
     "Cancelled",
@@ -59,93 +71,29 @@ __all__ = [
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a generation is: `step` of `of` denoise steps; `activity` grows with every step and phase.
-
-    `phase_started_monotonic` is on the clock of `time.monotonic`.
-    """
-
-    phase: Phase
-    step: int
-    of: int
-    activity: int
-    phase_started_monotonic: float
-
-
-class Ticket:
-    """One submitted generation. `cancel` takes effect at once while it waits, then at the next step or phase."""
-
-    def __init__(self, request: GenerationRequest, engine: Engine) -> None:
-        self.request = request
-        self._engine = engine
-        self.job_id = request.job_id
-        self._progress = Progress("waiting", 0, request.params.steps, 0, time.monotonic())
-        self._cancelled = threading.Event()
-        self._future: Future[Generation] = Future()
-        self._future.set_running_or_notify_cancel()  # from here on only the engine can end it
-
-    @property
-    def progress(self) -> Progress:
-        return self._progress
-
-    @property
-    def done(self) -> bool:
-        return self._future.done()
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether `cancel` was called; the generation may still have finished before it took effect."""
-        return self._cancelled.is_set()
-
-    def cancel(self) -> None:
-        self._cancelled.set()
-        self._engine._drop(self)
-
-    async def result(self) -> Generation:
-        """The finished generation. Raises its `GenerationError`. Giving up waiting does not cancel it."""
-        return await asyncio.shield(asyncio.wrap_future(self._future))
-
-    def _advance(self, **changes: Any) -> None:
-        self._progress = replace(self._progress, activity=self._progress.activity + 1, **changes)
-
-
-class _TicketControl:
-    """The `Control` of one ticket: progress goes to the ticket and to the engine's own activity count."""
-
-    def __init__(self, ticket: Ticket, engine: Engine) -> None:
-        self._ticket = ticket
-        self._engine = engine
-
-    def step(self, done: int, of: int) -> None:
-        self._report(step=done, of=of)
-
-    def phase(self, name: Phase) -> None:
-        self._report(phase=name, phase_started_monotonic=time.monotonic())
-
-    def _report(self, **changes: Any) -> None:
-        self._ticket._advance(**changes)
-        self._engine.activity += 1
-        if self._ticket.cancelled or self._engine.closing:
-            raise Cancelled("cancelled at a step boundary")
-
-
 class Engine:
-    """Runs the tickets of one model, one at a time in the order of arrival.
+    """Runs the tickets of its models, up to `slots` of them at a time, step by step.
 
-    `slots` is how many requests the engine wants to hold (running and waiting): whoever feeds it claims work
-    for `free_slots`. More may be submitted; they wait inside.
+    Whoever feeds it claims work for `free_slots`. More may be submitted; they wait inside, in the order of arrival.
+    `costs` are the profiles by model name; they are kept in `costs_folder`, if one is given.
     """
 
-    def __init__(self, model: Model, slots: int = 1) -> None:
-        self.model = model
+    def __init__(self, *models: Model, slots: int = 1, costs_folder: Path | None = None) -> None:
+        self.models = {model.model_name: model for model in models}
+        self.model = models[0]
         self.slots = slots
         self.broken: str | None = None  # why it can serve no more, once that is so
         self.activity = 0  # written by the engine thread only
+        self.forwards = self.rows = 0
         self.closing = False
+        self.costs: dict[str, Costs] = {}
+        self._costs_folder = costs_folder
         self._fault: type[GenerationError] = Cancelled
         self._waiting: deque[Ticket] = deque()
-        self._running: Ticket | None = None
+        self._runs: list[Run] = []
+        self._returned: deque[tuple[Run, Any, BaseException | None]] = deque()
+        self._lanes: dict[tuple[str, LaneName], Lane] = {}
+        self._order = Order()
         self._changed = threading.Condition()
         self._ready: Future[None] = Future()
         self._ready.set_running_or_notify_cancel()
@@ -159,39 +107,31 @@ class Engine:
     @property
     def free_slots(self) -> int:
         with self._changed:
-            return max(0, self.slots - len(self._waiting) - (self._running is not None))
+            return max(0, self.slots - len(self._waiting) - len(self._runs))
 
     def start(self) -> None:
-        """Starts the engine thread, which loads and warms the model; await `ready` for the outcome."""
+        """Starts the engine thread, which loads and warms the models; await `ready` for the outcome."""
         self._thread.start()
 
     async def ready(self) -> None:
-        """Returns when the model is loaded and warm. Raises `ModelLoadFailed` or `DeviceBroken`."""
+        """Returns when the models are loaded and warm. Raises `ModelLoadFailed` or `DeviceBroken`."""
         await asyncio.shield(asyncio.wrap_future(self._ready))
 
     def submit(self, request: GenerationRequest) -> Ticket:
         """Never raises: on an engine that is closed or broken the ticket fails at once."""
-        ticket = Ticket(request, self)
+        ticket = Ticket(request, self._drop)
         with self._changed:
             if self.broken is None and not self.closing:
                 self._waiting.append(ticket)
                 self._changed.notify_all()
                 return ticket
-        ticket._future.set_exception(self._ended())
+        ticket.end(self._ended())
         return ticket
 
-    def _drop(self, ticket: Ticket) -> None:
-        """Ends a cancelled ticket that has not been started."""
-        with self._changed:
-            if ticket not in self._waiting:
-                return
-            self._waiting.remove(ticket)
-        ticket._future.set_exception(Cancelled("cancelled before it started"))
-
     def close(self, timeout_seconds: float = 30.0) -> None:
-        """Ends the engine: the running generation stops at its next step, waiting ones are cancelled.
+        """Ends the engine: what runs stops at its next step, waiting requests are cancelled.
 
-        Blocks until the thread has ended, or for the timeout (a decode can't be interrupted).
+        Blocks until the thread has ended, or for the timeout (a forward can't be interrupted).
         """
         with self._changed:
             self.closing = True
@@ -199,76 +139,201 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout_seconds)
 
-    def _run(self) -> None:
-        if not self._load():
-            self._fail_waiting()
-            return
-        while (ticket := self._next()) is not None:
-            outcome = self._generate(ticket)
-            with self._changed:
-                self._running = None
-            ticket._advance(phase="done", phase_started_monotonic=time.monotonic())
-            if isinstance(outcome, GenerationError):
-                ticket._future.set_exception(outcome)
-            else:
-                ticket._future.set_result(outcome)
-            del ticket, outcome  # or the finished pictures live until the next job
-        self._fail_waiting()
-
-    def _load(self) -> bool:
-        started = time.monotonic()
-        try:
-            self.model.load()
-            self.activity += 1
-            self.model.warm_up()
-            self.activity += 1
-        except Exception as error:
-            failure = error if isinstance(error, GenerationError) else as_generation_error(error)
-            if isinstance(failure, GenerationFailed | OutOfMemory | InvalidInput):
-                failure = ModelLoadFailed(f"{self.model.model_name}: {failure.message}")
-            self._fault, self.broken = type(failure), failure.message
-            log.error("model_load_failed", model=self.model.model_name, code=failure.code, reason=failure.message)
-            self._ready.set_exception(failure)
-            return False
-        log.info(
-            "model_ready",
-            model=self.model.model_name,
-            device=self.model.device,
-            seconds=round(time.monotonic() - started, 3),
-        )
-        self._ready.set_result(None)
-        return True
-
-    def _next(self) -> Ticket | None:
+    def _drop(self, ticket: Ticket) -> None:
+        """Ends a cancelled ticket that has not been started; wakes the thread for one that has."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self.closing or self.broken)
-            if self.closing or self.broken:
-                return None
-            self._running = self._waiting.popleft()
-            return self._running
+            if ticket not in self._waiting:
+                self._changed.notify_all()
+                return
+            self._waiting.remove(ticket)
+        ticket.end(Cancelled("cancelled before it started"))
 
-    def _generate(self, ticket: Ticket) -> Generation | GenerationError:
-        try:
-            return self.model.generate(ticket.request, _TicketControl(ticket, self))
-        except BaseException as error:  # the thread must outlive anything, or its tickets never end
-            failure = error if isinstance(error, GenerationError) else as_generation_error(error)
-            failure.__cause__ = None
-            # the frames of the traceback hold the tensors of the generation
-            traceback.clear_frames(error.__traceback__)
-        failure.__traceback__ = None
-        if isinstance(failure, DeviceBroken):
-            self._fault, self.broken = DeviceBroken, failure.message
-        elif not isinstance(failure, Cancelled | InvalidInput):
-            release_device_memory()
-        log.info("generation_ended", job_id=ticket.job_id, code=failure.code, reason=failure.message)
-        return failure
+    def _run(self) -> None:
+        if self._load():
+            import torch
 
-    def _fail_waiting(self) -> None:
+            with contextlib.ExitStack() as session:
+                # for the whole life of the thread: the grad mode is the thread's, and greenlets that each set and
+                # restored it would restore it for one another
+                session.enter_context(torch.no_grad())
+                for model in self.models.values():
+                    session.enter_context(model.session())
+                self._paces = {name: Pace(model.device) for name, model in self.models.items()}
+                while self._turn():
+                    pass
+        for run in list(self._runs):
+            while self._go_on(run, error=self._ended()) is not None:
+                pass
+        for lane in self._lanes.values():
+            lane.close()
         with self._changed:
             left = list(self._waiting)
             self._waiting.clear()
         for ticket in left:
-            ticket._future.set_exception(self._ended())
+            ticket.end(self._ended())
+
+    def _load(self) -> bool:
+        for model in self.models.values():
+            started = time.monotonic()
+            try:
+                model.load()
+                self._reported()
+                model.warm_up()
+                self._reported()
+                self.costs[model.model_name] = model.measure(self._costs_folder)
+                self._reported()
+            except Exception as error:
+                failure = error if isinstance(error, GenerationError) else as_generation_error(error)
+                if isinstance(failure, GenerationFailed | OutOfMemory | InvalidInput):
+                    failure = ModelLoadFailed(f"{model.model_name}: {failure.message}")
+                self._fault, self.broken = type(failure), failure.message
+                log.error("model_load_failed", model=model.model_name, code=failure.code, reason=failure.message)
+                self._ready.set_exception(failure)
+                return False
+            seconds = round(time.monotonic() - started, 3)
+            log.info("model_ready", model=model.model_name, device=model.device, seconds=seconds)
+        self._ready.set_result(None)
+        return True
+
+    def _reported(self) -> bool:
+        """A sign of life; False when everything should stop."""
+        self.activity += 1
+        return not self.closing
+
+    def _turn(self) -> bool:
+        """One round: take in what has come, let it run up to its next call, and do one forward. False: the end."""
+        with self._changed:
+            self._changed.wait_for(self._has_something_to_do)
+            if self.closing or self.broken:
+                return False
+            starting = self._take_in()
+            returned = list(self._returned)
+            self._returned.clear()
+        for ticket in starting:
+            self._begin(ticket)
+        for run, result, error in returned:
+            if run in self._runs:  # or it was cancelled meanwhile
+                self._go_on(run, adopt(result), error)
+        for run in [run for run in self._runs if run.ticket.cancelled]:
+            self._go_on(run, error=Cancelled("cancelled at a step boundary"))
+        parked = [run for run in self._runs if run.call is not None]
+        if parked and not self.broken:
+            self._forward(parked)
+        return self.broken is None
+
+    def _has_something_to_do(self) -> bool:
+        return bool(
+            self.closing
+            or self.broken
+            or self._returned
+            or (self._waiting and len(self._runs) < self.slots)
+            or any(run.call is not None or run.ticket.cancelled for run in self._runs)
+        )
+
+    def _take_in(self) -> list[Ticket]:
+        room = self.slots - len(self._runs)
+        # sorted is stable: of the same priority the first come is the first served
+        taken = sorted(self._waiting, key=lambda ticket: ticket.request.priority)[: max(0, room)]
+        for ticket in taken:
+            self._waiting.remove(ticket)
+        return taken
+
+    def _begin(self, ticket: Ticket) -> None:
+        model = self.models.get(ticket.request.model or self.model.model_name)
+        if model is None:
+            ticket.end(InvalidInput("this engine has no such model"))
+            return
+        run = Run(ticket, model, self.costs[model.model_name], self._reported)
+        self._runs.append(run)
+        self._go_on(run)
+
+    def _go_on(self, run: Run, value: Any = None, error: BaseException | None = None) -> Call | Aside | None:
+        parked = run.go_on(value, error)
+        if isinstance(parked, Aside):
+            lane = self._lane(run.model, parked.lane)
+            lane.put(parked.work, partial(self._return, run))
+        elif parked is None:
+            self._end(run)
+        return parked
+
+    def _lane(self, model: Model, name: LaneName) -> Lane:
+        key = (model.model_name, name)
+        if key not in self._lanes:
+            self._lanes[key] = Lane(f"{model.model_name} {name}", model.device)
+        return self._lanes[key]
+
+    def _return(self, run: Run, result: Any, error: BaseException | None) -> None:
+        with self._changed:
+            self._returned.append((run, result, error))
+            self._changed.notify_all()
+
+    def _end(self, run: Run) -> None:
+        outcome, run.outcome = run.outcome, None
+        with self._changed:
+            self._runs.remove(run)
+        if isinstance(outcome, GenerationError):
+            if isinstance(outcome, DeviceBroken):
+                self._fault, self.broken = DeviceBroken, outcome.message
+            elif not isinstance(outcome, Cancelled | InvalidInput):
+                release_device_memory()
+            log.info("generation_ended", job_id=run.ticket.job_id, code=outcome.code, reason=outcome.message)
+        assert outcome is not None  # set by the greenlet's last act
+        run.ticket.end(outcome)
+
+    def _forward(self, parked: list[Run]) -> None:
+        now = time.monotonic()
+        works = [run.work(now) for run in parked]
+        costs_of = {
+            work.key: (run.costs, shape_of(run.ticket.request.params)) for run, work in zip(parked, works, strict=True)
+        }
+
+        def cap(key: Any) -> int:
+            costs, shape = costs_of[key]
+            return costs.cap(shape)
+
+        def seconds(key: Any, rows: int) -> float:
+            costs, shape = costs_of[key]
+            return costs.seconds(shape, rows) or 0.0
+
+        indices = set(self._order.choose(works, cap, seconds))
+        for index, run in enumerate(parked):
+            if index not in indices:
+                run.ticket.advance()  # it is alive; it has given way
+        chosen = [run for index, run in enumerate(parked) if index in indices]
+        self._reported()
+        for run, output, error in self._run_calls(chosen):
+            self._go_on(run, output, error)
+
+    def _run_calls(self, runs: Sequence[Run]) -> list[tuple[Run, Any, BaseException | None]]:
+        """The outputs of the parked calls, run together; where that fails, each alone, so that only the guilty fail."""
+        calls = [run.call for run in runs if run.call is not None]
+        first = runs[0]
+        shape, rows = shape_of(first.ticket.request.params), sum(call.rows for call in calls)
+        started = time.perf_counter()
+        try:
+            outputs = run_together(calls)
+            self._paces[first.model.model_name].keep()
+        except Exception as error:
+            failure = as_generation_error(error)
+            if isinstance(failure, DeviceBroken) or len(runs) == 1:
+                return [(run, None, as_generation_error(error)) for run in runs]
+            log.warning("forward_split", requests=len(runs), rows=rows, code=failure.code, reason=failure.message)
+        else:
+            self._account(runs, shape, rows, time.perf_counter() - started)
+            return list(zip(runs, outputs, [None] * len(runs), strict=True))
+        # outside of the handler, whose exception holds the memory of the failed forward
+        if isinstance(failure, OutOfMemory):
+            first.costs.lower_cap(shape, rows)
+            release_device_memory()
+        return [result for run in runs for result in self._run_calls([run])]
+
+    def _account(self, runs: Sequence[Run], shape: Shape, rows: int, seconds: float) -> None:
+        self.forwards += 1
+        self.rows += rows
+        runs[0].costs.observe(shape, rows, seconds)
+        for run in runs:
+            assert run.call is not None
+            run.compute_seconds += seconds * run.call.rows / rows
 
     def _ended(self) -> GenerationError:
         return self._fault(self.broken or "the engine was closed")

@@ -13,19 +13,25 @@ What can go wrong, with the `code` that clients see::
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
+from models.costs import Costs
+from models.denoiser import Call
+from models.lanes import LaneName
 from models.params import GenerationParams
 from models.preview import Snapshots
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
+
+T = TypeVar("T")
 
 Phase = Literal["waiting", "encode", "denoise", "decode", "encode_media", "done"]
 
@@ -76,7 +82,8 @@ class GenerationRequest:
     """One job as the model sees it. `reference` holds the encoded bytes of `params.reference`, if there is one.
 
     `batch_size` is how many of its images may be made at a time; None: all of them. `snapshots` gets copies of the
-    latents, where previews are wanted.
+    latents, where previews are wanted. `priority` 0 is interactive, larger ones give way to it; `deadline` is on the
+    clock of `time.monotonic`. `model` names the model that runs it, where an engine has several.
     """
 
     job_id: str
@@ -84,6 +91,9 @@ class GenerationRequest:
     reference: bytes | None = None
     batch_size: int | None = None
     snapshots: Snapshots | None = None
+    priority: int = 0
+    deadline: float | None = None
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,12 +112,25 @@ class Generation:
     timings_ms: dict[str, float]
 
 
-class Control(Protocol):
-    """How a running generation reports; both calls raise `Cancelled` when it should stop."""
+class Control:
+    """How a running generation reports, and how its model gets its work done: as it stands, on the spot and alone.
 
-    def step(self, done: int, of: int) -> None: ...
+    `step` and `phase` may raise `Cancelled` when it should stop; so may the others, while they wait for their turn.
+    """
 
-    def phase(self, name: Phase) -> None: ...
+    def step(self, done: int, of: int) -> None:
+        return
+
+    def phase(self, name: Phase) -> None:
+        return
+
+    def forward(self, call: Call) -> Any:
+        """The outputs of a denoiser call."""
+        return call.run()
+
+    def aside(self, work: Callable[[], T], lane: LaneName = "pixels") -> T:
+        """The result of work that is no denoising. It must call nothing of this control."""
+        return work()
 
 
 class Model(Protocol):
@@ -123,8 +146,17 @@ class Model(Protocol):
 
     def warm_up(self) -> None: ...
 
+    def measure(self, folder: Path | None) -> Costs:
+        """What its forwards cost on this device: read from the folder, or measured and kept there."""
+
+    def session(self) -> contextlib.AbstractContextManager[Any]:
+        """What must be in force on the engine's thread while generations run."""
+
     def generate(self, request: GenerationRequest, control: Control) -> Generation:
-        """Raises a `GenerationError`; any other exception counts as `GenerationFailed`."""
+        """Raises a `GenerationError`; any other exception counts as `GenerationFailed`.
+
+        May be called again before it has returned, from another greenlet.
+        """
 
 
 _DEVICE_FAULTS: Mapping[str, type[GenerationError]] = {

@@ -2,7 +2,8 @@
 
 Each request gets a shallow copy of the pipeline with a scheduler of its own: schedulers keep state from
 `set_timesteps` on (`init_noise_sigma`, the history of multistep solvers), and the pipelines keep the guidance of
-the current call as attributes. Weights are shared by all copies.
+the current call as attributes. Weights are shared by all copies. In the place of denoiser and VAE a copy has stand-ins,
+which leave it to the request's `Control` how and when their work is done.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ import contextlib
 import copy
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from models.costs import Costs
+from models.denoiser import AsideStandIn, Call, StandIn
+from models.embeddings import Embeddings
 from models.generation import (
     Control,
     Generation,
@@ -22,12 +27,17 @@ from models.generation import (
     ModelLoadFailed,
     Phase,
 )
+from models.lanes import LaneName
 from models.libraries import library_versions, quiet_libraries
+from models.measuring import measured
 from models.params import GenerationParams
 from models.preview import Snapshots
 from models.profile import ModelSpec
 
+T = TypeVar("T")
+
 SEED_RANGE = 2**63
+DENOISERS = ("unet", "transformer", "transformer_2")
 
 
 class PipelineModel(ABC):
@@ -44,6 +54,8 @@ class PipelineModel(ABC):
         self.device: str = spec.device
         self.loaded = False
         self._pipeline: Any = None
+        self._embeddings = Embeddings()
+        self._active = 0
 
     def load(self) -> None:
         """Loads the weights onto the device, downloading them if they are not here. Raises `ModelLoadFailed`."""
@@ -68,6 +80,9 @@ class PipelineModel(ABC):
                 component.eval()
         if self.spec.vae_slicing:
             pipeline.vae.enable_slicing()
+        if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
+            # the pipelines would cast it to and fro for each request, under the feet of the others
+            pipeline.vae.to(torch.float32)
         if self.spec.offload == "model":
             pipeline.enable_model_cpu_offload(device=self.device)
         else:
@@ -77,6 +92,14 @@ class PipelineModel(ABC):
 
     def warm_up(self) -> None:
         """One step at the default size, so that the first job does not pay for lazy initialisation."""
+        self.generate(self.sample_request(frames=1), Control())
+
+    def measure(self, folder: Path | None) -> Costs:
+        """What a forward costs here, by rows: from the file of an earlier start, or measured now."""
+        return measured(self, folder)
+
+    def sample_request(self, frames: int | None = None) -> GenerationRequest:
+        """One unguided step at the default size."""
         defaults = self.spec.defaults
         assert defaults is not None  # a spec of a media family always has them
         params = GenerationParams(
@@ -85,13 +108,14 @@ class PipelineModel(ABC):
             num_images=1,
             width=defaults.width,
             height=defaults.height,
-            frames=1,
+            frames=frames or defaults.frames or 1,
+            fps=defaults.fps,
             steps=1,
-            guidance_scale=defaults.guidance.fast,
+            guidance_scale=1.0,
             scheduler=defaults.scheduler,
             shift=defaults.shift,
         )
-        self.generate(GenerationRequest("warm-up", params), _Unwatched())
+        return GenerationRequest("warm-up", params)
 
     def generate(self, request: GenerationRequest, control: Control) -> Generation:
         """Runs one request to its pictures. Raises `InvalidInput` before any work where it can't be run."""
@@ -101,17 +125,15 @@ class PipelineModel(ABC):
             raise ModelLoadFailed(f"{self.model_name} is not loaded")
         if request.params.seed is None:
             raise InvalidInput("the request has no seed")
-        with torch.no_grad(), self._attention():
-            watch = Stopwatch(control, self.device, request.snapshots)
-            try:
+        watch = Stopwatch(control, request.snapshots, inline=self.spec.offload != "none")
+        self._active += 1
+        try:
+            with torch.no_grad():
                 return self._generate(request, watch)
-            except BaseException:
-                self._abandon()
-                raise
-            finally:
-                if self.spec.offload != "none":
-                    # the request's copy took the hooks over; put them back on the pipeline that stays
-                    self._pipeline.maybe_free_model_hooks()
+        finally:
+            self._active -= 1
+            if self.spec.offload != "none" and self._active == 0:
+                self._pipeline.maybe_free_model_hooks()
 
     @abstractmethod
     def _load_pipeline(self, dtype: Any) -> Any:
@@ -121,17 +143,28 @@ class PipelineModel(ABC):
     def _generate(self, request: GenerationRequest, watch: Stopwatch) -> Generation:
         """The family's own way from a request to pictures."""
 
-    def _abandon(self) -> None:
-        """Called when a generation ended by an exception; lets go of what it left inside the modules."""
-        return
-
-    def _copy(self, pipeline: Any, scheduler: Any) -> Any:
+    def _own(self, pipeline: Any, scheduler: Any, request: GenerationRequest, watch: Stopwatch) -> Any:
+        """The copy of a pipeline that one request runs."""
         own = copy.copy(pipeline)
-        own.scheduler = scheduler
+        # written past the pipeline's own __setattr__, which would take the stand-ins down in its configuration
+        parts = own.__dict__
+        parts["scheduler"] = scheduler
+        parts["_all_hooks"] = []  # or a request that ends would offload the modules under the others
+        for name in DENOISERS:
+            module = parts.get(name)
+            if module is not None:
+                parts[name] = StandIn(module, watch, request.job_id, alone=request.params.reproducible, adapters=())
+        parts["vae"] = AsideStandIn(pipeline.vae, watch, ("encode", "decode"))
+        for name, method in (("image_processor", "postprocess"), ("video_processor", "postprocess_video")):
+            if name in parts:
+                parts[name] = AsideStandIn(parts[name], watch, (method,))
         return own
 
-    def _attention(self) -> contextlib.AbstractContextManager[Any]:
-        """Scaled dot product attention with the spec's kernel first; the others stay for shapes it can't do."""
+    def session(self) -> contextlib.AbstractContextManager[Any]:
+        """Scaled dot product attention with the spec's kernel first; the others stay for shapes it can't do.
+
+        The preference is the process's, not a thread's: it is set once around all generations.
+        """
         if self.spec.attention == "default":
             return contextlib.nullcontext()
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -178,16 +211,23 @@ class PipelineModel(ABC):
 
 class Stopwatch:
     """Measures the phases of one generation while it reports them to the caller's `Control`, and its latents to
-    `snapshots`."""
+    `snapshots`. `inline` keeps everything on the calling thread."""
 
-    def __init__(self, control: Control, device: str, snapshots: Snapshots | None = None) -> None:
+    def __init__(self, control: Control, snapshots: Snapshots | None = None, inline: bool = False) -> None:
         self._control = control
-        self._device = device
         self._snapshots = snapshots
+        self._inline = inline
         self._phase: str | None = None
         self._batch, self._batches = 0, 1
         self._started = self._phase_started = time.perf_counter()
         self._timings_ms: dict[str, float] = {}
+
+    def forward(self, call: Call) -> Any:
+        return self._control.forward(call)
+
+    def aside(self, work: Callable[[], T], lane: LaneName = "pixels") -> T:
+        # parts that move between host and card can't be used by two threads
+        return work() if self._inline else self._control.aside(work, lane)
 
     def phase(self, name: Phase) -> None:
         self._close_phase()
@@ -217,25 +257,11 @@ class Stopwatch:
         return {**self._timings_ms, "total": round(total, 3)}
 
     def _close_phase(self) -> None:
-        if self._device == "cuda":
-            import torch
-
-            torch.cuda.synchronize()  # kernels run behind; without this the last phase pays for all
         now = time.perf_counter()
         if self._phase is not None:
             before = self._timings_ms.get(self._phase, 0.0)
             self._timings_ms[self._phase] = round(before + (now - self._phase_started) * 1000, 3)
         self._phase, self._phase_started = None, now
-
-
-class _Unwatched:
-    """The `Control` of a warm-up: nobody looks and nobody cancels."""
-
-    def step(self, done: int, of: int) -> None:
-        return None
-
-    def phase(self, name: Phase) -> None:
-        return None
 
 
 def seeds_from(seed: int, count: int) -> list[int]:

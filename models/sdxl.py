@@ -1,17 +1,20 @@
 """SDXL: images from text, or from text and a reference image, in batches of up to six.
 
 A request runs through the stock pipelines of diffusers, so its pixels are those of the stock pipeline with the
-same parameters. Image i of a request has a generator of its own with seed + i, so it may be made in a batch with the
-others or alone: it differs by rounding at most, since kernels add up in another order for another batch size.
+same parameters: bitwise when it runs alone, but for rounding when it shares forwards with others. Image i of a request
+has a generator of its own with seed + i, so it may be made in a batch with the others or alone: it differs by rounding
+at most, since kernels add up in another order for another batch size.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from models.embeddings import Encoded
 from models.generation import Generation, GenerationFailed, GenerationRequest, InvalidInput
 from models.media import open_reference
 from models.params import GenerationParams
@@ -34,6 +37,7 @@ SCHEDULERS = {
     "dpm++": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
     "heun": "HeunDiscreteScheduler",
+    "lcm": "LCMScheduler",
 }
 
 
@@ -89,7 +93,7 @@ class SDXL(PipelineModel):
         if (params.reference is None) is not (request.reference is None):
             raise InvalidInput("a reference needs both its parameters and its bytes")
         pipeline = self._pipeline if request.reference is None else self._image_to_image
-        own = self._copy(pipeline, self._scheduler(params))
+        own = self._own(pipeline, self._scheduler(params), request, watch)
         seeds = seeds_from(params.seed or 0, params.num_images)
         size = min(request.batch_size or params.num_images, params.num_images)
         settings = self._settings(own, params) | {
@@ -108,16 +112,19 @@ class SDXL(PipelineModel):
         if request.reference is None:
             arguments |= {"width": params.width, "height": params.height}
         else:
-            arguments |= self._start_from(request.reference, params, settings)
-        arguments |= self._encode(own, params, settings)
+            reference = request.reference
+            arguments |= watch.aside(lambda: self._start_from(reference, params, settings))
+        encoded = watch.aside(lambda: self._encode(own, params), "text")
+        arguments |= encoded.arguments
+        settings |= encoded.facts
 
         pictures: list[Image] = []
         batches = [seeds[first : first + size] for first in range(0, len(seeds), size)]
         for number, batch in enumerate(batches):
-            own = self._copy(pipeline, self._scheduler(params))
+            own = self._own(pipeline, self._scheduler(params), request, watch)
             watch.batch(number, len(batches))
             images = own(**arguments, num_images_per_prompt=len(batch), generator=generators(batch)).images
-            pictures += _to_pictures(images)
+            pictures += watch.aside(partial(_to_pictures, images))
         settings["denoise_steps"] = own.num_timesteps
         return Generation(
             images=pictures,
@@ -135,27 +142,35 @@ class SDXL(PipelineModel):
             raise InvalidInput(f"SDXL has no scheduler {params.scheduler!r}")
         return getattr(diffusers, SCHEDULERS[params.scheduler]).from_config(self._pipeline.scheduler.config)
 
-    def _encode(self, own: Any, params: GenerationParams, settings: dict[str, Any]) -> dict[str, Any]:
+    def _encode(self, own: Any, params: GenerationParams) -> Encoded:
         """Prompt embeddings as arguments of the pipeline: with Compel if asked for, else, or if it fails, plain."""
         guided = params.guidance_scale > 1
         # None lets the pipeline use what the checkpoint was trained with (zeros), an empty text would not
         negative = params.negative_prompt or None if guided else None
-        settings |= {"compel_enabled": params.compel_enabled, "compel_success": None, "fallback_used": False}
+        parts = (params.prompt, negative, guided, params.compel_enabled)
+        return self._embeddings.get(parts, lambda: self._encode_anew(own, params, negative, guided))
+
+    def _encode_anew(self, own: Any, params: GenerationParams, negative: str | None, guided: bool) -> Encoded:
+        facts: dict[str, Any] = {
+            "compel_enabled": params.compel_enabled,
+            "compel_success": None,
+            "fallback_used": False,
+        }
         if params.compel_enabled:
             assert self._weighting is not None  # made by load()
             try:
                 weighted = self._weighting.encode(params.prompt, negative, own._execution_device)
             except WeightingFailed as failure:
                 log.warning("compel_failed", model=self.model_name, reason=failure.reason)
-                settings |= {
+                facts |= {
                     "compel_success": False,
                     "fallback_used": True,
                     "fallback_reason": f"compel_failed: {failure.reason}; the plain prompt was used",
                 }
             else:
-                settings |= {"compel_success": True, "prompt_tokens_cut": weighted.tokens_cut}
-                return weighted.arguments
-        settings["prompt_tokens_cut"] = self._tokens_cut(params.prompt)
+                facts |= {"compel_success": True, "prompt_tokens_cut": weighted.tokens_cut}
+                return Encoded(weighted.arguments, facts)
+        facts["prompt_tokens_cut"] = self._tokens_cut(params.prompt)
         embeds, negative_embeds, pooled, negative_pooled = own.encode_prompt(
             prompt=params.prompt,
             negative_prompt=negative,
@@ -163,12 +178,13 @@ class SDXL(PipelineModel):
             num_images_per_prompt=1,
             do_classifier_free_guidance=guided,
         )
-        return {
+        arguments = {
             "prompt_embeds": embeds,
             "negative_prompt_embeds": negative_embeds,
             "pooled_prompt_embeds": pooled,
             "negative_pooled_prompt_embeds": negative_pooled,
         }
+        return Encoded(arguments, facts)
 
     def _tokens_cut(self, prompt: str) -> int:
         """How many tokens of the prompt lie outside CLIP's window and have no effect."""

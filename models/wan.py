@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from models.embeddings import Encoded
 from models.generation import Generation, GenerationFailed, GenerationRequest, InvalidInput
 from models.params import GenerationParams
 from models.pipeline import PipelineModel, Stopwatch, generators
@@ -35,10 +36,6 @@ class WAN(PipelineModel):
             str(self.weights), revision=self.spec.revision, variant=self.spec.variant, dtype=dtypes
         )
 
-    def _abandon(self) -> None:
-        # an interrupted decode leaves the feature maps of the frames before
-        self._pipeline.vae.clear_cache()
-
     def _generate(self, request: GenerationRequest, watch: Stopwatch) -> Generation:
         params = request.params
         if params.reference is not None or request.reference is not None:
@@ -47,29 +44,22 @@ class WAN(PipelineModel):
             raise InvalidInput("WAN makes one video or one image for a request")
         if params.frames % 4 != 1 or params.width % 16 or params.height % 16:
             raise InvalidInput("WAN needs 4n+1 frames and sizes in multiples of 16")
-        own = self._copy(self._pipeline, self._scheduler(params))
+        own = self._own(self._pipeline, self._scheduler(params), request, watch)
         seed = params.seed or 0
         settings = self._settings(own, params) | {
             "seeds": [seed],
             "shift": params.shift,
             "vae_dtype": "float32",
-            "prompt_tokens_cut": self._tokens_cut(params.prompt),
             "fallback_used": False,
         }
 
         watch.phase("encode")
-        embeds, negative = own.encode_prompt(
-            prompt=params.prompt,
-            negative_prompt=params.negative_prompt,
-            do_classifier_free_guidance=params.guidance_scale > 1,
-            max_sequence_length=MAX_PROMPT_TOKENS,
-            device=own._execution_device,
-        )
+        encoded = watch.aside(lambda: self._encode(own, params), "text")
+        settings |= encoded.facts
 
         watch.phase("denoise")
         frames = own(
-            prompt_embeds=embeds,
-            negative_prompt_embeds=negative,
+            **encoded.arguments,
             width=params.width,
             height=params.height,
             num_frames=params.frames,
@@ -80,19 +70,31 @@ class WAN(PipelineModel):
             output_type="np",
         ).frames[0]
         settings["denoise_steps"] = own.num_timesteps
-        return self._finish(frames, params, settings, watch, seed)
+        pictures = watch.aside(lambda: _to_bytes(frames, params.frames))
+        return self._finish(pictures, params, settings, watch, seed)
+
+    def _encode(self, own: Any, params: GenerationParams) -> Encoded:
+        guided = params.guidance_scale > 1
+        negative = params.negative_prompt if guided else None
+
+        def encode() -> Encoded:
+            embeds, negative_embeds = own.encode_prompt(
+                prompt=params.prompt,
+                negative_prompt=negative,
+                do_classifier_free_guidance=guided,
+                max_sequence_length=MAX_PROMPT_TOKENS,
+                device=own._execution_device,
+            )
+            arguments = {"prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds}
+            return Encoded(arguments, {"prompt_tokens_cut": self._tokens_cut(params.prompt)})
+
+        return self._embeddings.get((params.prompt, negative, guided), encode)
 
     def _finish(
         self, frames: Any, params: GenerationParams, settings: dict[str, Any], watch: Stopwatch, seed: int
     ) -> Generation:
-        import numpy as np
         from PIL import Image
 
-        if not np.isfinite(frames).all():
-            raise GenerationFailed("the model made numbers that are not finite (overflow of its dtype?)")
-        if len(frames) != params.frames:
-            raise GenerationFailed(f"the model made {len(frames)} frames instead of {params.frames}")
-        frames = (frames * 255).round().astype("uint8")
         still = params.frames == 1
         settings["fps"] = None if still else params.fps
         return Generation(
@@ -127,3 +129,14 @@ class WAN(PipelineModel):
         """How many tokens of the prompt lie outside the text encoder's window and have no effect."""
         tokens = self._pipeline.tokenizer(prompt, truncation=False, verbose=False).input_ids
         return max(0, len(tokens) - MAX_PROMPT_TOKENS)
+
+
+def _to_bytes(frames: Any, count: int) -> Any:
+    """Float frames (F, H, W, 3) in 0..1 as uint8. Raises `GenerationFailed` where they are not what was asked for."""
+    import numpy as np
+
+    if not np.isfinite(frames).all():
+        raise GenerationFailed("the model made numbers that are not finite (overflow of its dtype?)")
+    if len(frames) != count:
+        raise GenerationFailed(f"the model made {len(frames)} frames instead of {count}")
+    return (frames * 255).round().astype("uint8")

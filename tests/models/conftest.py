@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from models.engine import GenerationRequest, Phase
+from models.engine import Control, GenerationRequest, Phase
 from models.params import GenerationParams
 from models.profile import ModelSpec, load_profile
 from models.sdxl import SDXL
@@ -95,7 +95,7 @@ def video_request() -> Callable[..., GenerationRequest]:
     return make
 
 
-class Recorder:
+class Recorder(Control):
     """A `Control` that keeps what it was told, and may raise an exception at a step."""
 
     def __init__(self, raise_at_step: int | None = None, error: BaseException | None = None) -> None:

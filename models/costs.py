@@ -1,0 +1,190 @@
+"""Costs: how long a forward takes by shape and rows, measured on this device, and what follows from it.
+
+A profile is measured once at warm-up and kept in a file for each device and model, and goes on learning from every
+forward. From it come the batch cap of a shape, the remaining time of a request, and the predicted time and memory of a
+job. Nothing here is assumed: without a measurement the answer is None.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from models.params import GenerationParams
+
+LEARNING = 0.1  # the weight of a new measurement beside those before
+WORTHWHILE = 0.95  # of the best throughput: the smallest batch that reaches it is the cap
+ROWS = (1, 2, 4, 8, 16)
+FORMAT = 1
+
+
+class Shape(NamedTuple):
+    """What a forward's cost depends on beside its rows; sizes in pixels."""
+
+    width: int
+    height: int
+    frames: int
+
+    @property
+    def volume(self) -> int:
+        return self.width * self.height * self.frames
+
+
+def shape_of(params: GenerationParams) -> Shape:
+    return Shape(params.width, params.height, params.frames)
+
+
+def rows_of(params: GenerationParams) -> int:
+    """The rows of one step of a whole request: twice the images where guidance compares with a second branch."""
+    return params.num_images * (2 if params.guidance_scale > 1 else 1)
+
+
+@dataclass
+class Decoding:
+    """The part of a job that is not denoising, in seconds for a pixel of one picture or frame."""
+
+    seconds_per_pixel: float
+
+
+class Costs:
+    """The profile of one model on one device. Written by the denoising thread alone."""
+
+    def __init__(self) -> None:
+        self.measured: dict[Shape, dict[int, float]] = {}  # at warm-up: caps come from these alone
+        self.seen: dict[Shape, dict[int, float]] = {}  # measured and learnt
+        self.caps: dict[Shape, int] = {}  # lowered by a want of memory
+        self.decoding: Decoding | None = None
+        self.bytes_per_row_pixel: float | None = None
+
+    def measure(self, shape: Shape, forward: Callable[[int], float], budget_seconds: float) -> None:
+        """Take the curve of a shape: `forward(rows)` runs one forward and returns its seconds.
+
+        Ends early where more rows bring no more throughput, and when the budget is used up.
+        """
+        curve: dict[int, float] = {}
+        used = 0.0
+        for rows in ROWS:
+            seconds = min(forward(rows) for _ in range(2))
+            curve[rows] = seconds
+            used += 2 * seconds
+            before = curve.get(rows // 2)
+            if used + 4 * seconds > budget_seconds or (before is not None and seconds >= 2 * before):
+                break
+        self.measured[shape] = curve
+        self.seen[shape] = dict(curve)
+
+    def observe(self, shape: Shape, rows: int, seconds: float) -> None:
+        """A forward took so long."""
+        curve = self.seen.setdefault(shape, {})
+        before = curve.get(rows)
+        curve[rows] = seconds if before is None else before + LEARNING * (seconds - before)
+
+    def decoded(self, shape: Shape, pictures: int, seconds: float) -> None:
+        """Decoding and conversion of so many pictures or videos took so long."""
+        each = seconds / (shape.volume * pictures)
+        before = self.decoding
+        self.decoding = Decoding(
+            each if before is None else before.seconds_per_pixel * (1 - LEARNING) + LEARNING * each
+        )
+
+    def seconds(self, shape: Shape, rows: int) -> float | None:
+        """What a forward takes: as seen, or in proportion to what was seen; None before any measurement."""
+        curve = self.seen.get(shape)
+        if curve:
+            return _at(curve, rows)
+        near = self._nearest(shape)
+        if near is None:
+            return None
+        return _at(self.seen[near], rows) * shape.volume / near.volume
+
+    def cap(self, shape: Shape) -> int:
+        """The most rows that are worth a forward; 1 before any measurement."""
+        lowered = self.caps.get(shape)
+        near = shape if shape in self.measured else self._nearest(shape, self.measured)
+        if near is None:
+            return lowered or 1
+        curve = self.measured[near]
+        # a larger shape fills the device with fewer rows
+        scale = 1.0 if near == shape else shape.volume / near.volume
+        throughput = {rows: rows / seconds for rows, seconds in curve.items()}
+        best = max(throughput.values())
+        cap = min(rows for rows, value in throughput.items() if value >= WORTHWHILE * best)
+        cap = max(1, round(cap / scale)) if scale > 1 else cap
+        return cap if lowered is None else min(cap, lowered)
+
+    def lower_cap(self, shape: Shape, rows: int) -> None:
+        """A forward of so many rows had no room: from now on at most half."""
+        self.caps[shape] = max(1, min(self.caps.get(shape, rows), rows) // 2)
+
+    def job_seconds(self, params: GenerationParams) -> float | None:
+        """How long a job takes when it has the device for itself: its steps and its decoding."""
+        shape = shape_of(params)
+        forward = self.seconds(shape, rows_of(params))
+        if forward is None:
+            return None
+        decoding = self.decoding.seconds_per_pixel * shape.volume * params.num_images if self.decoding else 0.0
+        return forward * params.steps + decoding
+
+    def job_bytes(self, params: GenerationParams) -> int | None:
+        """The device memory that a job needs beside the weights, for its forwards; None where it was not measured."""
+        if self.bytes_per_row_pixel is None:
+            return None
+        return round(self.bytes_per_row_pixel * rows_of(params) * shape_of(params).volume)
+
+    def _nearest(self, shape: Shape, among: dict[Shape, dict[int, float]] | None = None) -> Shape | None:
+        known = self.seen if among is None else among
+        return min(known, key=lambda other: abs(other.volume - shape.volume), default=None)
+
+    def save(self, path: Path, identity: dict[str, Any]) -> None:
+        """Write the profile beside who it is of; whole or not at all."""
+        document = {
+            "format": FORMAT,
+            "identity": identity,
+            "measured": [[*shape, sorted(curve.items())] for shape, curve in self.measured.items()],
+            "seconds_per_pixel": self.decoding.seconds_per_pixel if self.decoding else None,
+            "bytes_per_row_pixel": self.bytes_per_row_pixel,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(document, file)
+        Path(name).replace(path)
+
+    @classmethod
+    def read(cls, path: Path, identity: dict[str, Any]) -> Costs | None:
+        """The profile in a file; None where there is none, or where it is of another device, model or version."""
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if document["format"] != FORMAT or document["identity"] != identity:
+                return None
+            costs = cls()
+            for width, height, frames, curve in document["measured"]:
+                costs.measured[Shape(width, height, frames)] = {int(rows): float(seconds) for rows, seconds in curve}
+            costs.seen = {shape: dict(curve) for shape, curve in costs.measured.items()}
+            if document["seconds_per_pixel"] is not None:
+                costs.decoding = Decoding(float(document["seconds_per_pixel"]))
+            costs.bytes_per_row_pixel = document["bytes_per_row_pixel"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return costs
+
+
+def _at(curve: dict[int, float], rows: int) -> float:
+    """The curve at a number of rows: linear between two known points, and in proportion to the rows outside."""
+    if rows in curve:
+        return curve[rows]
+    below = max((known for known in curve if known < rows), default=None)
+    above = min((known for known in curve if known > rows), default=None)
+    if below is None and above is not None:
+        return curve[above]  # fewer rows never cost more
+    if below is not None and above is None:
+        return curve[below] * rows / below
+    assert below is not None
+    assert above is not None
+    share = (rows - below) / (above - below)
+    return curve[below] + share * (curve[above] - curve[below])

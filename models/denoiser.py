@@ -1,0 +1,237 @@
+"""Denoiser calls: what a pipeline asks of its UNet or transformer, taken out of the pipeline so that requests can share
+a forward.
+
+A pipeline of diffusers calls `self.unet(...)` once or twice a step. Here a `StandIn` sits in that place and hands the
+`Call` to the request's `Control`, which returns the outputs: at once, or after the engine has run it together with the
+calls of other requests (`run_together`). Rows of one forward do not see each other, so a row's result depends on its
+neighbours by rounding only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from models.lanes import LaneName
+
+T = TypeVar("T")
+
+# The arguments of the UNet and of the transformers that hold the noisy latents; their first axis counts the rows.
+LATENTS = ("sample", "hidden_states")
+TEXT, TEXT_MASK = "encoder_hidden_states", "encoder_attention_mask"
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One forward that one request asks for: `rows` rows for `module`, with its arguments by name.
+
+    `context` is the name under which the module's step cache keeps the state of this request, where there is one.
+    Calls of the same `key` may share a forward; `adapters` are the LoRAs of its rows.
+    """
+
+    module: Any
+    arguments: dict[str, Any]
+    rows: int
+    key: Hashable
+    context: tuple[str, dict[str, Any]] | None = None
+    adapters: tuple[Any, ...] = ()
+
+    def run(self) -> Any:
+        """The forward of this call alone, exactly as the pipeline would have made it."""
+        with _in_context(self):
+            return self.module(**self.arguments)
+
+    @property
+    def latents(self) -> Any:
+        return self.arguments[_latents_name(self.arguments)]
+
+
+class Forwarding(Protocol):
+    """The part of a `Control` that a stand-in needs."""
+
+    def forward(self, call: Call) -> Any: ...
+
+    def aside(self, work: Callable[[], T], lane: LaneName = "pixels") -> T: ...
+
+
+class StandIn:
+    """In the place of a pipeline's denoiser, for one request: calls go to its control, the rest to the module.
+
+    `alone` keeps the request's calls from sharing a forward, `adapters` are the LoRAs that all of them run with.
+    """
+
+    def __init__(self, module: Any, control: Forwarding, name: str, *, alone: bool, adapters: tuple[Any, ...]) -> None:
+        self._module, self._control, self._name = module, control, name
+        self._alone, self._adapters = alone, adapters
+        self._context: tuple[str, dict[str, Any]] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(type(self._module).forward).bind(self._module, *args, **kwargs)
+        arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
+        rows = int(arguments[_latents_name(arguments)].shape[0])
+        # a step cache decides once for a forward, so its requests go alone
+        own = self._name if self._alone or self._context is not None else None
+        key = (id(self._module), own, self._adapters, _shape_key(arguments))
+        return self._control.forward(Call(self._module, arguments, rows, key, self._context, self._adapters))
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """The pipeline's name for a branch ("cond"), made the request's own: states of two requests must not mix."""
+        self._context = (f"{self._name}:{name}", kwargs) if getattr(self._module, "is_cache_enabled", False) else None
+        yield
+        self._context = None
+
+    def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
+        """A pipeline that ends would wipe the states of all requests; theirs are dropped by name."""
+        return
+
+
+class AsideStandIn:
+    """In the place of a VAE or a processor, for one request: the named methods run aside, off the denoising thread.
+
+    The VAE of all requests is one: it is never moved or cast for one of them. Where a checkpoint's VAE must be in
+    float32 beside a half-precision denoiser, it is so from load on, and what goes in is cast here.
+    """
+
+    def __init__(self, real: Any, control: Forwarding, methods: Sequence[str]) -> None:
+        self._real, self._control, self._methods = real, control, frozenset(methods)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._real, name)
+        if name not in self._methods:
+            return value
+
+        def run(first: Any, *args: Any, **kwargs: Any) -> Any:
+            dtype = getattr(self._real, "dtype", None)
+            given = first.to(dtype) if dtype is not None and first.dtype != dtype else first
+            return self._control.aside(lambda: value(given, *args, **kwargs))
+
+        return run
+
+    def to(self, *args: Any, **kwargs: Any) -> AsideStandIn:
+        return self
+
+
+def run_together(calls: Sequence[Call]) -> list[Any]:
+    """The outputs of calls of one key from one forward, in their order. One call alone is run as it is.
+
+    Texts of different lengths are padded with zeros that a mask takes out of the attention, which is exact.
+    """
+    import torch
+
+    if len(calls) == 1:
+        return [calls[0].run()]
+    first, rows = calls[0], [call.rows for call in calls]
+    joined: dict[str, Any] = {}
+    for name in first.arguments:
+        values = [call.arguments[name] for call in calls]
+        if name == "timestep":
+            joined[name] = torch.cat([_per_row(value, n, first.latents) for value, n in zip(values, rows, strict=True)])
+        elif name == TEXT:
+            joined[name], mask = _padded(values)
+            if mask is not None:
+                joined[TEXT_MASK] = mask
+        else:
+            joined[name] = _joined(values)
+    return _split(first.module(**joined), rows)
+
+
+def blank_output(call: Call) -> Any:
+    """Zeros of the shape of the call's output, for steps that are passed over; see `models.resumption`."""
+    latents = call.latents
+    channels = call.module.config.out_channels
+    return (latents.new_zeros(latents.shape[0], channels, *latents.shape[2:]),)
+
+
+def _in_context(call: Call) -> contextlib.AbstractContextManager[Any]:
+    if call.context is None:
+        return contextlib.nullcontext()
+    name, options = call.context
+    context: contextlib.AbstractContextManager[Any] = call.module.cache_context(name, **options)
+    return context
+
+
+def _latents_name(arguments: dict[str, Any]) -> str:
+    return next(name for name in LATENTS if name in arguments)
+
+
+def _shape_key(value: Any, name: str = "") -> Hashable:
+    """What must be equal for values to be joined: the shape but for the rows, the type, and whatever is no tensor."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        if name == "timestep":  # one for all rows or one for each; also of different integer or float types
+            return ("timestep", tuple(value.shape[1:]))
+        if name == TEXT:  # other lengths can be padded
+            return (tuple(value.shape[2:]), value.dtype)
+        return (tuple(value.shape[1:]), value.dtype)
+    if isinstance(value, dict):
+        return tuple((key, _shape_key(inner, key)) for key, inner in value.items() if inner is not None)
+    if isinstance(value, list | tuple):
+        return tuple(_shape_key(inner) for inner in value)
+    if name == "timestep":
+        return ("timestep", ())
+    return value if isinstance(value, Hashable) else id(value)
+
+
+def _per_row(value: Any, rows: int, like: Any) -> Any:
+    import torch
+
+    tensor = value if torch.is_tensor(value) else torch.tensor(value, device=like.device)
+    tensor = tensor.to(like.device)
+    return tensor.reshape(1).expand(rows) if tensor.numel() == 1 and tensor.ndim <= 1 else tensor
+
+
+def _padded(values: Sequence[Any]) -> tuple[Any, Any]:
+    """Texts (N, L, C) joined, and the mask (N, L) of what is text, None where all are equally long."""
+    import torch
+
+    longest = max(int(value.shape[1]) for value in values)
+    if all(value.shape[1] == longest for value in values):
+        return torch.cat(list(values)), None
+    mask = torch.cat(
+        [
+            (torch.arange(longest, device=value.device) < value.shape[1]).to(value.dtype).expand(value.shape[0], -1)
+            for value in values
+        ]
+    )
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(value, (0, 0, 0, longest - value.shape[1])) for value in values]), mask
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    import torch
+
+    first = values[0]
+    if torch.is_tensor(first):
+        return torch.cat(list(values))
+    if isinstance(first, dict):
+        return {key: _joined([value[key] for value in values]) for key in first}
+    if isinstance(first, list | tuple):
+        return type(first)(_joined(inner) for inner in zip(*values, strict=True))
+    return first
+
+
+def _split(output: Any, rows: Sequence[int]) -> list[Any]:
+    """The rows of each request; the views keep the whole forward's memory only until their scheduler's step."""
+    tensors = output if isinstance(output, tuple) else tuple(output.values())
+    parts = [tensor.split(list(rows)) for tensor in tensors]
+    if isinstance(output, tuple):
+        return [tuple(part) for part in zip(*parts, strict=True)]
+    return [type(output)(*part) for part in zip(*parts, strict=True)]
+
+
+def forget_context(module: Any, name: str) -> None:
+    """Drop what the module's step cache keeps for one request; diffusers itself can only drop everybody's."""
+    for part in module.modules():
+        registry = getattr(part, "_diffusers_hook", None)
+        for hook in registry.hooks.values() if registry is not None else ():
+            states = getattr(getattr(hook, "state_manager", None), "_state_cache", {})
+            for context in [context for context in states if context.startswith(f"{name}:")]:
+                del states[context]

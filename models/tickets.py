@@ -1,0 +1,75 @@
+"""Tickets: what whoever submits a generation holds of it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+from models.generation import Generation, GenerationError, GenerationRequest, Phase
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a generation is: `step` of `of` denoise steps; `activity` grows with every step and phase, and while the
+    engine gives others the turn.
+
+    `phase_started_monotonic` is on the clock of `time.monotonic`.
+    """
+
+    phase: Phase
+    step: int
+    of: int
+    activity: int
+    phase_started_monotonic: float
+
+
+class Ticket:
+    """One submitted generation. `cancel` takes effect at once while it waits, then at the next step."""
+
+    def __init__(self, request: GenerationRequest, on_cancel: Callable[[Ticket], None]) -> None:
+        self.request = request
+        self.job_id = request.job_id
+        self.submitted = time.monotonic()
+        self._on_cancel = on_cancel
+        self._progress = Progress("waiting", 0, request.params.steps, 0, time.monotonic())
+        self._cancelled = threading.Event()
+        self._future: Future[Generation] = Future()
+        self._future.set_running_or_notify_cancel()  # from here on only the engine can end it
+
+    @property
+    def progress(self) -> Progress:
+        return self._progress
+
+    @property
+    def done(self) -> bool:
+        return self._future.done()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called; the generation may still have finished before it took effect."""
+        return self._cancelled.is_set()
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+        self._on_cancel(self)
+
+    async def result(self) -> Generation:
+        """The finished generation. Raises its `GenerationError`. Giving up waiting does not cancel it."""
+        return await asyncio.shield(asyncio.wrap_future(self._future))
+
+    def advance(self, **changes: Any) -> None:
+        """For the engine: the generation is alive, and this is where it is."""
+        self._progress = replace(self._progress, activity=self._progress.activity + 1, **changes)
+
+    def end(self, outcome: Generation | GenerationError) -> None:
+        """For the engine, once."""
+        self.advance(phase="done", phase_started_monotonic=time.monotonic())
+        if isinstance(outcome, GenerationError):
+            self._future.set_exception(outcome)
+        else:
+            self._future.set_result(outcome)
