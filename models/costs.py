@@ -60,6 +60,7 @@ class Costs:
         self.caps: dict[Shape, int] = {}  # lowered by a want of memory
         self.decoding: Decoding | None = None
         self.bytes_per_row_pixel: float | None = None
+        self.room_bytes: int | None = None  # on the device beside the weights, when the models were loaded
 
     def measure(self, shape: Shape, forward: Callable[[int], float], budget_seconds: float) -> None:
         """Take the curve of a shape: `forward(rows)` runs one forward and returns its seconds.
@@ -115,6 +116,8 @@ class Costs:
         best = max(throughput.values())
         cap = min(rows for rows, value in throughput.items() if value >= WORTHWHILE * best)
         cap = max(1, round(cap / scale)) if scale > 1 else cap
+        if self.room_bytes is not None and self.bytes_per_row_pixel:
+            cap = max(1, min(cap, int(self.room_bytes // (self.bytes_per_row_pixel * shape.volume))))
         return cap if lowered is None else min(cap, lowered)
 
     def lower_cap(self, shape: Shape, rows: int) -> None:
@@ -130,29 +133,52 @@ class Costs:
         decoding = self.decoding.seconds_per_pixel * shape.volume * params.num_images if self.decoding else 0.0
         return forward * params.steps + decoding
 
-    def job_bytes(self, params: GenerationParams) -> int | None:
-        """The device memory that a job needs beside the weights, for its forwards; None where it was not measured."""
+    def job_bytes(self, params: GenerationParams, batch_size: int | None = None) -> int | None:
+        """The device memory that a job needs beside the weights, for a forward of its own; None where it was not
+        measured."""
         if self.bytes_per_row_pixel is None:
             return None
-        return round(self.bytes_per_row_pixel * rows_of(params) * shape_of(params).volume)
+        rows = rows_of(params) * min(batch_size or params.num_images, params.num_images) // params.num_images
+        return round(self.bytes_per_row_pixel * rows * shape_of(params).volume)
+
+    def has_room(self, params: GenerationParams, batch_size: int | None = None) -> bool:
+        """Whether a job's forwards can fit the device at all; True where nothing is known that speaks against it."""
+        needed = self.job_bytes(params, batch_size)
+        return needed is None or self.room_bytes is None or needed <= self.room_bytes
 
     def _nearest(self, shape: Shape, among: dict[Shape, dict[int, float]] | None = None) -> Shape | None:
         known = self.seen if among is None else among
         return min(known, key=lambda other: abs(other.volume - shape.volume), default=None)
 
-    def save(self, path: Path, identity: dict[str, Any]) -> None:
-        """Write the profile beside who it is of; whole or not at all."""
-        document = {
+    def document(self) -> dict[str, Any]:
+        """The profile as JSON: what was measured, and nothing of what was learnt since."""
+        return {
             "format": FORMAT,
-            "identity": identity,
             "measured": [[*shape, sorted(curve.items())] for shape, curve in self.measured.items()],
             "seconds_per_pixel": self.decoding.seconds_per_pixel if self.decoding else None,
             "bytes_per_row_pixel": self.bytes_per_row_pixel,
         }
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> Costs:
+        """The profile from its document. Raises `ValueError`, `KeyError` or `TypeError` where it is none."""
+        if document["format"] != FORMAT:
+            raise ValueError("another format")
+        costs = cls()
+        for width, height, frames, curve in document["measured"]:
+            costs.measured[Shape(width, height, frames)] = {int(rows): float(seconds) for rows, seconds in curve}
+        costs.seen = {shape: dict(curve) for shape, curve in costs.measured.items()}
+        if document["seconds_per_pixel"] is not None:
+            costs.decoding = Decoding(float(document["seconds_per_pixel"]))
+        costs.bytes_per_row_pixel = document["bytes_per_row_pixel"]
+        return costs
+
+    def save(self, path: Path, identity: dict[str, Any]) -> None:
+        """Write the profile beside who it is of; whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(document, file)
+            json.dump(self.document() | {"identity": identity}, file)
         Path(name).replace(path)
 
     @classmethod
@@ -160,18 +186,9 @@ class Costs:
         """The profile in a file; None where there is none, or where it is of another device, model or version."""
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-            if document["format"] != FORMAT or document["identity"] != identity:
-                return None
-            costs = cls()
-            for width, height, frames, curve in document["measured"]:
-                costs.measured[Shape(width, height, frames)] = {int(rows): float(seconds) for rows, seconds in curve}
-            costs.seen = {shape: dict(curve) for shape, curve in costs.measured.items()}
-            if document["seconds_per_pixel"] is not None:
-                costs.decoding = Decoding(float(document["seconds_per_pixel"]))
-            costs.bytes_per_row_pixel = document["bytes_per_row_pixel"]
+            return cls.from_document(document) if document["identity"] == identity else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return costs
 
 
 def _at(curve: dict[int, float], rows: int) -> float:

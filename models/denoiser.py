@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from models.lanes import LaneName
+from models.lora_rows import AdapterSet, applied
 
 T = TypeVar("T")
 
@@ -37,11 +38,11 @@ class Call:
     rows: int
     key: Hashable
     context: tuple[str, dict[str, Any]] | None = None
-    adapters: tuple[Any, ...] = ()
+    adapters: AdapterSet = ()
 
     def run(self) -> Any:
         """The forward of this call alone, exactly as the pipeline would have made it."""
-        with _in_context(self):
+        with _in_context(self), applied(self.module, [self.adapters] * self.rows):
             return self.module(**self.arguments)
 
     @property
@@ -60,12 +61,15 @@ class Forwarding(Protocol):
 class StandIn:
     """In the place of a pipeline's denoiser, for one request: calls go to its control, the rest to the module.
 
-    `alone` keeps the request's calls from sharing a forward, `adapters` are the LoRAs that all of them run with.
+    `alone` keeps the request's calls from sharing a forward, `adapters` are the LoRAs that all of them run with, and
+    `mixes` says whether calls with other LoRAs may share it.
     """
 
-    def __init__(self, module: Any, control: Forwarding, name: str, *, alone: bool, adapters: tuple[Any, ...]) -> None:
+    def __init__(
+        self, module: Any, control: Forwarding, name: str, *, alone: bool, adapters: AdapterSet = (), mixes: bool = True
+    ) -> None:
         self._module, self._control, self._name = module, control, name
-        self._alone, self._adapters = alone, adapters
+        self._alone, self._adapters, self._mixes = alone, adapters, mixes
         self._context: tuple[str, dict[str, Any]] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -77,7 +81,7 @@ class StandIn:
         rows = int(arguments[_latents_name(arguments)].shape[0])
         # a step cache decides once for a forward, so its requests go alone
         own = self._name if self._alone or self._context is not None else None
-        key = (id(self._module), own, self._adapters, _shape_key(arguments))
+        key = (id(self._module), own, None if self._mixes else self._adapters, _shape_key(arguments))
         return self._control.forward(Call(self._module, arguments, rows, key, self._context, self._adapters))
 
     @contextlib.contextmanager
@@ -139,7 +143,8 @@ def run_together(calls: Sequence[Call]) -> list[Any]:
                 joined[TEXT_MASK] = mask
         else:
             joined[name] = _joined(values)
-    return _split(first.module(**joined), rows)
+    with applied(first.module, [call.adapters for call in calls for _ in range(call.rows)]):
+        return _split(first.module(**joined), rows)
 
 
 def blank_output(call: Call) -> Any:

@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,13 @@ from models.generation import (
     Model,
     ModelLoadFailed,
     OutOfMemory,
+    OutOfMemoryPredicted,
     Phase,
     as_generation_error,
     release_device_memory,
 )
 from models.lanes import Lane, LaneName, Pace, adopt
+from models.measuring import room_bytes
 from models.order import Order
 from models.runs import Aside, Run
 from models.tickets import Progress, Ticket
@@ -61,6 +64,7 @@ __all__ = [
     "Model",
     "ModelLoadFailed",
     "OutOfMemory",
+    "OutOfMemoryPredicted",
     "Phase",
     "Progress",
     "Ticket",
@@ -192,6 +196,8 @@ class Engine:
                 return False
             seconds = round(time.monotonic() - started, 3)
             log.info("model_ready", model=model.model_name, device=model.device, seconds=seconds)
+        for model in self.models.values():
+            self.costs[model.model_name].room_bytes = room_bytes(model.device)
         self._ready.set_result(None)
         return True
 
@@ -243,7 +249,13 @@ class Engine:
         if model is None:
             ticket.end(InvalidInput("this engine has no such model"))
             return
-        run = Run(ticket, model, self.costs[model.model_name], self._reported)
+        costs, request = self.costs[model.model_name], ticket.request
+        if not costs.has_room(request.params, request.batch_size):
+            needed, room = costs.job_bytes(request.params, request.batch_size) or 0, costs.room_bytes or 0
+            message = f"a step needs {needed / 2**30:.1f} GiB beside the weights, and there are {room / 2**30:.1f}"
+            ticket.end(OutOfMemoryPredicted(message))
+            return
+        run = Run(ticket, model, costs, self._reported)
         self._runs.append(run)
         self._go_on(run)
 
@@ -269,6 +281,9 @@ class Engine:
 
     def _end(self, run: Run) -> None:
         outcome, run.outcome = run.outcome, None
+        if isinstance(outcome, Generation) and run.compute_seconds:
+            timings = outcome.timings_ms | {"compute": round(run.compute_seconds * 1000, 3)}
+            outcome = replace(outcome, timings_ms=timings)
         with self._changed:
             self._runs.remove(run)
         if isinstance(outcome, GenerationError):

@@ -6,6 +6,7 @@ What can go wrong, with the `code` that clients see::
     ├── Cancelled           cancelled           the caller, or a closing engine, stopped it at a step boundary
     ├── InvalidInput        invalid_input       this request can't be run by this model; trying again is useless
     ├── OutOfMemory         oom                 the device had not enough memory; its caches were given back
+    │   └── OutOfMemoryPredicted  oom_predicted it would not have: by the measured need of its shape, it was not tried
     ├── ModelLoadFailed     model_load_failed   weights missing or unreadable, or the model does not fit
     ├── GenerationFailed    generation_failed   anything else that the pipeline raised
     └── DeviceBroken        device_broken       the accelerator's context is lost; only a new process helps
@@ -26,6 +27,7 @@ from models.denoiser import Call
 from models.lanes import LaneName
 from models.params import GenerationParams
 from models.preview import Snapshots
+from models.resumption import States
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,6 +64,10 @@ class OutOfMemory(GenerationError):
     retryable = True
 
 
+class OutOfMemoryPredicted(OutOfMemory):
+    code = "oom_predicted"
+
+
 class ModelLoadFailed(GenerationError):
     code = "model_load_failed"
     retryable = True
@@ -83,7 +89,8 @@ class GenerationRequest:
 
     `batch_size` is how many of its images may be made at a time; None: all of them. `snapshots` gets copies of the
     latents, where previews are wanted. `priority` 0 is interactive, larger ones give way to it; `deadline` is on the
-    clock of `time.monotonic`. `model` names the model that runs it, where an engine has several.
+    clock of `time.monotonic`. `model` names the model that runs it, where an engine has several. `states` gets what
+    another run could go on from; `resume` is what this one does go on from.
     """
 
     job_id: str
@@ -94,6 +101,8 @@ class GenerationRequest:
     priority: int = 0
     deadline: float | None = None
     model: str | None = None
+    states: States | None = None
+    resume: bytes | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from functools import cache
 
-LIBRARIES = ("torch", "diffusers", "transformers")
+LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 
 @cache

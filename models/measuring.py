@@ -75,6 +75,17 @@ def identity_of(model: PipelineModel) -> dict[str, Any]:
     }
 
 
+def room_bytes(device: str) -> int | None:
+    """The memory of the device that is free now, what the allocator keeps for reuse included; None for the host, which
+    has other tenants."""
+    if device != "cuda":
+        return None
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+
+
 class _Sample(Control):
     """Keeps the first denoiser call of a generation, and the time that its decoding took."""
 

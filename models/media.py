@@ -1,4 +1,5 @@
-"""Files: pictures to PNG, frames to MP4, thumbnails, safe reading of references, and what a file really holds.
+"""Files: pictures to PNG, frames to MP4, what they say of themselves, thumbnails, safe reading of references, and what
+a file really holds.
 
 `probe` decodes the bytes it is given; nothing in its answer is taken from what was asked for.
 """
@@ -6,6 +7,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -26,6 +28,9 @@ THUMBNAIL_QUALITY = 85
 # x264's constant rate factor: 18 is commonly held to look like the source, 23 is its default.
 VIDEO_CRF = 18
 _REFERENCE_FORMATS = ("PNG", "JPEG", "WEBP")
+MANIFEST_KEY = "ourvidz.manifest"  # of a PNG's text chunk, and of an entry in an MP4's metadata
+_XMP_KEY = "XML:com.adobe.xmp"  # of a PNG's iTXt chunk; XMP specification part 3, 1.1.5
+_XMP_BOX = bytes.fromhex("be7acfcb97a942e89c71999491e3afac")  # of an MP4's `uuid` box; the same, 1.1.2
 _ITU709 = 1  # the value of BT.709 in H.264's tables of primaries, transfer and matrix
 
 
@@ -49,13 +54,16 @@ class MediaFacts:
     size_bytes: int
 
 
-def encode_png(image: Image, text: Mapping[str, str]) -> bytes:
-    """The image as PNG with one text chunk for each entry of `text` (keys: 1 to 79 Latin-1 characters)."""
+def encode_png(image: Image, text: Mapping[str, str], xmp: str | None = None) -> bytes:
+    """The image as PNG with one text chunk for each entry of `text` (keys: 1 to 79 Latin-1 characters) and an XMP
+    packet. Text beyond Latin-1 goes into iTXt, in UTF-8; the manifest always does."""
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
     for key, value in text.items():
-        chunks.add_text(key, value)
+        (chunks.add_itxt if key == MANIFEST_KEY else chunks.add_text)(key, value)
+    if xmp is not None:
+        chunks.add_itxt(_XMP_KEY, xmp)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=chunks)
     return buffer.getvalue()
@@ -91,6 +99,55 @@ def encode_mp4(frames: Frames, fps: int) -> bytes:
                 container.mux(stream.encode(picture))
             container.mux(stream.encode(None))
         return path.read_bytes()
+
+
+def describe_mp4(data: bytes, text: Mapping[str, str], xmp: str | None = None) -> bytes:
+    """The same MP4 with the entries of `text` in its metadata, under their own names, and an XMP packet in a `uuid` box
+    at its end. Pictures are copied as they are, not encoded again; what metadata there was before is replaced."""
+    import av
+
+    with tempfile.TemporaryDirectory(prefix="ourvidz-") as folder:
+        path = Path(folder) / "video.mp4"
+        # without the second flag only the names that iTunes knows are written
+        options = {"movflags": "+faststart+use_metadata_tags"}
+        with av.open(io.BytesIO(data)) as source, av.open(str(path), "w", options=options) as container:
+            container.metadata.update(text)
+            stream = source.streams.video[0]
+            copied = container.add_stream_from_template(stream)
+            for packet in source.demux(stream):
+                if packet.dts is not None:  # the last one is empty, and only flushes decoders
+                    packet.stream = copied
+                    container.mux(packet)
+        described = path.read_bytes()
+    if xmp is not None:
+        body = _XMP_BOX + xmp.encode()
+        described += struct.pack(">I4s", 8 + len(body), b"uuid") + body
+    return described
+
+
+def read_manifest(data: bytes) -> str | None:
+    """The text of the manifest that a PNG or MP4 carries; None where it carries none. Raises `UnreadableMedia`."""
+    return _texts(data).get(MANIFEST_KEY)
+
+
+def read_xmp(data: bytes) -> str | None:
+    """The XMP packet of a PNG or MP4. Raises `UnreadableMedia`."""
+    return _texts(data).get("xmp" if data[4:8] == b"ftyp" else _XMP_KEY)
+
+
+def _texts(data: bytes) -> dict[str, str]:
+    import av
+    from PIL import Image
+
+    try:
+        if data[4:8] == b"ftyp":
+            with av.open(io.BytesIO(data), options={"export_xmp": "1"}) as container:
+                return dict(container.metadata)
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            image.load()
+            return {key: value for key, value in getattr(image, "text", {}).items() if isinstance(value, str)}
+    except (av.FFmpegError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableMedia(f"no readable picture or video ({type(error).__name__})") from error
 
 
 def thumbnail(picture: Image | Frames) -> bytes:

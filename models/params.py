@@ -7,8 +7,9 @@ is an error that names it, and a value that had to be changed is reported as an 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
@@ -27,6 +28,7 @@ from models.fields import FieldError as FieldError
 from models.fields import InvalidParams as InvalidParams
 from models.fields import clean_prompt as clean_prompt
 from models.fields import cleaned
+from models.loras import LoraUse, lora_errors
 
 MAX_SEED = 2**63 - 1
 MIN_STRENGTH = 0.1
@@ -69,12 +71,15 @@ class GivenParams(BaseModel):
     fps: int | None = None
     steps: int | None = None
     guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
     scheduler: str | None = None
     shift: float | None = None
     reference: Reference | None = None
     compel_enabled: bool | None = None
     content_mode: ContentMode | None = None
     previews: bool | None = None
+    reproducible: bool | None = None
+    loras: Annotated[tuple[LoraUse, ...], Field(strict=False)] | None = None  # JSON has lists, not tuples
 
     @model_validator(mode="wrap")
     @classmethod
@@ -90,6 +95,8 @@ class GenerationParams(BaseModel):
 
     Sizes in pixels, `frames` 1 for images, `fps` None for images, `shift` None where the family has none.
     `seed` None is drawn by whoever accepts the job. Image i of several uses seed + i. `previews` changes no pixel.
+    `guidance_interval` is the part of the steps with guidance, None for what the profile says or all of them.
+    `reproducible` keeps the job's forwards to itself, so that its pixels do not depend on what else is running.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -104,12 +111,15 @@ class GenerationParams(BaseModel):
     fps: int | None = Field(default=None, ge=1, le=MAX_FPS)
     steps: int = Field(ge=1, le=MAX_STEPS)
     guidance_scale: float = Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
+    guidance_interval: tuple[float, float] | None = None
     scheduler: str
     shift: float | None = Field(default=None, gt=0, le=MAX_SHIFT, allow_inf_nan=False)
     reference: Reference | None = None
     compel_enabled: bool = False
     content_mode: ContentMode = "sfw"
     previews: bool = False
+    reproducible: bool = False
+    loras: tuple[LoraUse, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,14 +140,16 @@ class Resolved:
     adjustments: tuple[Adjustment, ...] = ()
 
 
-def resolve_params(job_type: JobType, given: GivenParams, defaults: FamilyDefaults) -> Resolved:
-    """Fills defaults, checks every range and returns what will be run.
+def resolve_params(
+    job_type: JobType, given: GivenParams, defaults: FamilyDefaults, loras: Collection[str] = ()
+) -> Resolved:
+    """Fills defaults, checks every range and returns what will be run. `loras` are the names that the model has.
 
     Raises `InvalidParams` with all errors found. Video lengths go to the nearest 4n+1 (a tie goes down, so
     83 gives 81), before the range is checked; that is the only value that is changed, but for the steps
     of a reference so strong that no step would be left to run.
     """
-    return _Resolution(job_type, given, defaults).run()
+    return _Resolution(job_type, given, defaults, loras).run()
 
 
 def nearest_length(frames: int) -> int:
@@ -149,10 +161,11 @@ def nearest_length(frames: int) -> int:
 class _Resolution:
     """One pass over the fields, collecting errors and adjustments."""
 
-    def __init__(self, job_type: JobType, given: GivenParams, defaults: FamilyDefaults) -> None:
+    def __init__(self, job_type: JobType, given: GivenParams, defaults: FamilyDefaults, loras: Collection[str]) -> None:
         self.job_type = job_type
         self.given = given
         self.defaults = defaults
+        self.loras = loras
         self.errors: list[FieldError] = []
         self.adjustments: list[Adjustment] = []
 
@@ -173,12 +186,15 @@ class _Resolution:
             "fps": fps,
             "steps": self._steps_with_reference(int(steps)),
             "guidance_scale": float(guidance),
+            "guidance_interval": self._guidance_interval(guidance),
             "scheduler": self._scheduler(),
             "shift": self._shift(),
             "reference": given.reference,
             "compel_enabled": self._compel(),
             "content_mode": given.content_mode or "sfw",
             "previews": bool(given.previews),
+            "reproducible": bool(given.reproducible),
+            "loras": self._loras(),
         }
         if self.errors:
             raise InvalidParams(self.errors)
@@ -219,6 +235,16 @@ class _Resolution:
         if negative and guidance <= 1:
             self._error("negative_prompt", "conflict", "has no effect unless guidance_scale is above 1")
         return negative
+
+    def _guidance_interval(self, guidance: float) -> tuple[float, float] | None:
+        interval = self.given.guidance_interval
+        if interval is None:
+            return None
+        if not 0 <= interval[0] < interval[1] <= 1:  # written so that NaN fails as well
+            self._error("guidance_interval", "range", "must be a start and a later end between 0 and 1")
+        elif guidance <= 1:
+            self._error("guidance_interval", "conflict", "has no effect unless guidance_scale is above 1")
+        return interval
 
     def _num_images(self) -> int:
         counts = self.defaults.image_counts
@@ -298,6 +324,11 @@ class _Resolution:
                 self._error("shift", "unsupported", f"{self.job_type.name} has no timestep shift")
             return None
         return float(self._ranged("shift", self.given.shift, self.defaults.shift, 0.1, MAX_SHIFT))
+
+    def _loras(self) -> tuple[LoraUse, ...]:
+        uses = self.given.loras or ()
+        self.errors += lora_errors(uses, self.loras, self.job_type.name)
+        return uses
 
     def _compel(self) -> bool:
         wanted = bool(self.given.compel_enabled)

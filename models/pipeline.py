@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from models.acceleration import Applied, apply, warm
+from models.adapters import Adapters, Lease
 from models.costs import Costs
-from models.denoiser import AsideStandIn, Call, StandIn
+from models.denoiser import AsideStandIn, StandIn
 from models.embeddings import Embeddings
 from models.generation import (
     Control,
@@ -25,16 +25,15 @@ from models.generation import (
     GenerationRequest,
     InvalidInput,
     ModelLoadFailed,
-    Phase,
 )
-from models.lanes import LaneName
+from models.guidance import guidance_interval
 from models.libraries import library_versions, quiet_libraries
+from models.lora_files import ProfileLoras
 from models.measuring import measured
 from models.params import GenerationParams
-from models.preview import Snapshots
 from models.profile import ModelSpec
-
-T = TypeVar("T")
+from models.resumption import identity_of
+from models.stopwatch import Stopwatch
 
 SEED_RANGE = 2**63
 DENOISERS = ("unet", "transformer", "transformer_2")
@@ -55,6 +54,8 @@ class PipelineModel(ABC):
         self.loaded = False
         self._pipeline: Any = None
         self._embeddings = Embeddings()
+        self._applied = Applied(spec.acceleration)
+        self.adapters: Adapters | None = None  # once loaded
         self._active = 0
 
     def load(self) -> None:
@@ -66,8 +67,9 @@ class PipelineModel(ABC):
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ModelLoadFailed(f"{self.model_name}: the profile asks for a CUDA device and there is none")
-        if self.device == "cpu" and (self.spec.dtype == "float16" or self.spec.offload != "none"):
-            raise ModelLoadFailed(f"{self.model_name}: float16 and offload need a card")
+        unfit = self.spec.dtype == "float16" or self.spec.offload != "none" or self.spec.attention != "default"
+        if self.device == "cpu" and unfit:
+            raise ModelLoadFailed(f"{self.model_name}: float16, offload and attention kernels need a card")
         if isinstance(self.weights, Path) and not self.weights.exists():
             raise ModelLoadFailed(f"{self.model_name}: there is nothing at {self.weights}")
         try:
@@ -83,15 +85,23 @@ class PipelineModel(ABC):
         if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
             # the pipelines would cast it to and fro for each request, under the feet of the others
             pipeline.vae.to(torch.float32)
+        if self.spec.offload == "none":
+            pipeline.to(self.device)
+        self._applied = apply(pipeline, self.spec.acceleration, self.spec.family, self.device, self.spec.dtype)
         if self.spec.offload == "model":
             pipeline.enable_model_cpu_offload(device=self.device)
-        else:
-            pipeline.to(self.device)
         self._pipeline = pipeline
+        self.adapters = self._make_adapters(pipeline)
         self.loaded = True
 
     def warm_up(self) -> None:
         """One step at the default size, so that the first job does not pay for lazy initialisation."""
+        import torch
+
+        defaults = self.spec.defaults
+        assert defaults is not None  # a spec of a media family always has them
+        with self.session(), torch.no_grad():  # compiled graphs are for the kernels and the grad mode that they meet
+            self._applied = warm(self._pipeline, self._applied, defaults.sizes[:2], defaults.frames or 1)
         self.generate(self.sample_request(frames=1), Control())
 
     def measure(self, folder: Path | None) -> Costs:
@@ -125,15 +135,37 @@ class PipelineModel(ABC):
             raise ModelLoadFailed(f"{self.model_name} is not loaded")
         if request.params.seed is None:
             raise InvalidInput("the request has no seed")
-        watch = Stopwatch(control, request.snapshots, inline=self.spec.offload != "none")
+        watch = Stopwatch(control, request, inline=self.spec.offload != "none")
         self._active += 1
         try:
-            with torch.no_grad():
-                return self._generate(request, watch)
+            with torch.no_grad(), self._lease(request.params, watch) as lease:
+                watch.adapters = lease.adapters
+                if request.states is not None or request.resume is not None:
+                    model = [*self._identity(), lease.adapters]
+                    watch.identity = identity_of(request.params, request.reference, request.batch_size, model)
+                    watch.read_state(request.resume)
+                generation = self._generate(request, watch)
+                generation.settings["loras"] = lease.settings
+                return generation
         finally:
             self._active -= 1
             if self.spec.offload != "none" and self._active == 0:
                 self._pipeline.maybe_free_model_hooks()
+
+    def _make_adapters(self, pipeline: Any) -> Adapters:
+        # compiled code would be compiled anew for each new mixture
+        mixes = self.spec.mix_loras and self.spec.acceleration.compile == "none"
+        room = round(self.spec.lora_cache_gib * 2**30)
+        adapters = Adapters(pipeline, ProfileLoras(self.spec.loras), room, mixes=mixes)
+        adapters.fetch_all()
+        return adapters
+
+    def _lease(self, params: GenerationParams, watch: Stopwatch) -> Lease:
+        assert self.adapters is not None  # made by load()
+        adapters = self.adapters
+        if params.loras:  # files are read aside; what changes modules must happen between forwards, so on this thread
+            watch.aside(lambda: adapters.fetch(params.loras), "text")
+        return adapters.acquire(params.loras)
 
     @abstractmethod
     def _load_pipeline(self, dtype: Any) -> Any:
@@ -153,12 +185,29 @@ class PipelineModel(ABC):
         for name in DENOISERS:
             module = parts.get(name)
             if module is not None:
-                parts[name] = StandIn(module, watch, request.job_id, alone=request.params.reproducible, adapters=())
+                mixes = self.adapters is None or self.adapters.mixes
+                alone = request.params.reproducible
+                parts[name] = StandIn(module, watch, request.job_id, alone=alone, adapters=watch.adapters, mixes=mixes)
         parts["vae"] = AsideStandIn(pipeline.vae, watch, ("encode", "decode"))
         for name, method in (("image_processor", "postprocess"), ("video_processor", "postprocess_video")):
             if name in parts:
                 parts[name] = AsideStandIn(parts[name], watch, (method,))
         return own
+
+    def _call(self, own: Any, params: GenerationParams, arguments: dict[str, Any], settings: dict[str, Any]) -> Any:
+        """Run the copy with its arguments, guided in the part of its steps that is asked for, or of the profile."""
+        interval = params.guidance_interval or self.spec.acceleration.guidance_interval
+        if params.guidance_scale <= 1:
+            interval = None
+        settings["guidance_interval"] = interval
+        return own(**(guidance_interval(own, arguments, *interval) if interval else arguments))
+
+    def _identity(self) -> list[Any]:
+        """What the bits of a result depend on beside the request."""
+        spec = self.spec
+        acceleration = spec.acceleration.model_dump(mode="json")
+        versions = dict(library_versions())
+        return [self.model_name, self.revision, spec.source, spec.dtype, self.device, acceleration, versions]
 
     def session(self) -> contextlib.AbstractContextManager[Any]:
         """Scaled dot product attention with the spec's kernel first; the others stay for shapes it can't do.
@@ -205,63 +254,9 @@ class PipelineModel(ABC):
             "dtype": self.spec.dtype,
             "offload": self.spec.offload,
             "attention": self.spec.attention,
+            "acceleration": self._applied.settings(),
             "libraries": dict(library_versions()),
         }
-
-
-class Stopwatch:
-    """Measures the phases of one generation while it reports them to the caller's `Control`, and its latents to
-    `snapshots`. `inline` keeps everything on the calling thread."""
-
-    def __init__(self, control: Control, snapshots: Snapshots | None = None, inline: bool = False) -> None:
-        self._control = control
-        self._snapshots = snapshots
-        self._inline = inline
-        self._phase: str | None = None
-        self._batch, self._batches = 0, 1
-        self._started = self._phase_started = time.perf_counter()
-        self._timings_ms: dict[str, float] = {}
-
-    def forward(self, call: Call) -> Any:
-        return self._control.forward(call)
-
-    def aside(self, work: Callable[[], T], lane: LaneName = "pixels") -> T:
-        # parts that move between host and card can't be used by two threads
-        return work() if self._inline else self._control.aside(work, lane)
-
-    def phase(self, name: Phase) -> None:
-        self._close_phase()
-        self._phase = name
-        self._control.phase(name)
-
-    def batch(self, number: int, of: int) -> None:
-        """The denoising of a batch begins, the first being 0: steps are counted through all of them."""
-        self._batch, self._batches = number, of
-        self.phase("denoise")
-
-    def on_step_end(self, pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The `callback_on_step_end` of every diffusers pipeline; the decode begins after the last step."""
-        done, of = index + 1, pipeline.num_timesteps
-        through, all_steps = self._batch * of + done, self._batches * of
-        self._control.step(through, all_steps)
-        if self._snapshots is not None:
-            self._snapshots.offer(tensors["latents"], through, all_steps)
-        if done == of:
-            self.phase("decode")
-        return tensors
-
-    def stop(self) -> dict[str, float]:
-        """Wall time in milliseconds of each phase and of the whole."""
-        self._close_phase()
-        total = (time.perf_counter() - self._started) * 1000
-        return {**self._timings_ms, "total": round(total, 3)}
-
-    def _close_phase(self) -> None:
-        now = time.perf_counter()
-        if self._phase is not None:
-            before = self._timings_ms.get(self._phase, 0.0)
-            self._timings_ms[self._phase] = round(before + (now - self._phase_started) * 1000, 3)
-        self._phase, self._phase_started = None, now
 
 
 def seeds_from(seed: int, count: int) -> list[int]:

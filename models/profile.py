@@ -16,16 +16,32 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from models.acceleration import Acceleration
 from models.catalog import Family, FamilyDefaults, default_for
+from models.loras import LoraName, LoraSource
 
 TINY = "tiny"
 _MEDIA_FAMILIES = (Family.SDXL, Family.WAN, Family.RV51)
 
+_ENGINE_FIELDS = ("slots", "state_steps", "hosted_by")
+_LORA_FIELDS = ("loras", "lora_cache_gib", "mix_loras")
+
 # Fields that a family's loader has no use for; a profile that sets one is refused, not half obeyed.
 _NOT_OF = {
     Family.WAN: {"single_file", "vae"},
-    Family.QWEN: {"single_file", "vae", "variant", "vae_slicing", "offload", "attention"},
+    Family.QWEN: {
+        "single_file",
+        "vae",
+        "variant",
+        "vae_slicing",
+        "offload",
+        "attention",
+        *_LORA_FIELDS,
+        *_ENGINE_FIELDS,
+    },
 }
+
+_LANGUAGE_ONLY = {"backend", "sequences", "cache_tokens"}
 
 
 class ModelSpec(BaseModel):
@@ -35,7 +51,12 @@ class ModelSpec(BaseModel):
     `single_file` is one checkpoint file inside the source. `vae` names a repository whose VAE replaces the
     checkpoint's. `memory_gib` is the peak on the device (0 where it runs on the CPU), `disk_gib` the
     download. `offload` "model" keeps on the device only the part that runs. `attention` is the kernel tried
-    first. `num_gpus` is the share of one card that the scheduler reserves.
+    first. `acceleration` holds the switches of `models.acceleration`. `num_gpus` is the share of one card that the
+    scheduler reserves. The language model's `backend` writes up to `sequences` answers at a time, which share a cache
+    of `cache_tokens` tokens. `loras` are those that requests may name, `lora_cache_gib`, a part of `memory_gib`, the
+    room for loaded ones; with `mix_loras`, requests with different ones share a forward. A replica holds up to `slots`
+    jobs at a time; every `state_steps` steps a job's state is stored, 0 for never. A model that is `hosted_by` another
+    family has no replicas of its own but shares the engine of that one's, step by step.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -52,10 +73,20 @@ class ModelSpec(BaseModel):
     offload: Literal["none", "model"] = "none"
     attention: Literal["default", "cudnn", "flash", "efficient"] = "default"
     vae_slicing: bool = False
+    acceleration: Acceleration = Field(default_factory=Acceleration)
     defaults: FamilyDefaults | None = None
     memory_gib: float = Field(ge=0)
     disk_gib: float = Field(ge=0)
     num_gpus: float = Field(default=0, ge=0, le=1)
+    slots: int = Field(default=1, ge=1, le=64)
+    state_steps: int = Field(default=0, ge=0, le=100)
+    hosted_by: Family | None = None
+    backend: Literal["transformers", "vllm"] = "transformers"
+    sequences: int = Field(default=16, ge=1, le=256)
+    cache_tokens: int = Field(default=8192, ge=1024)
+    loras: Mapping[LoraName, LoraSource] = Field(default={})
+    lora_cache_gib: float = Field(default=0, ge=0)
+    mix_loras: bool = True
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
@@ -63,13 +94,28 @@ class ModelSpec(BaseModel):
             raise ValueError(f"{self.family}: media families have defaults, the language model has none")
         if self.device == "cpu" and (self.num_gpus or self.offload != "none" or self.dtype == "float16"):
             raise ValueError(f"{self.family}: on the CPU there is no GPU share, no offload and no float16")
+        if self.device == "cpu" and self.attention != "default":
+            raise ValueError(f"{self.family}: the attention kernels to choose from are those of a card")
         if self.device == "cuda" and not (self.num_gpus and self.memory_gib):
             raise ValueError(f"{self.family}: a model on a card states num_gpus and memory_gib")
         used = self.model_fields_set - {"family", "defaults"}
-        if unused := sorted(used & _NOT_OF.get(self.family, set())):
+        not_of = _NOT_OF.get(self.family, set()) | (set() if self.family is Family.QWEN else _LANGUAGE_ONLY)
+        if unused := sorted(used & not_of):
             raise ValueError(f"{self.family}: {', '.join(unused)} would have no effect")
+        if self.backend == "vllm" and (self.device != "cuda" or self.source == TINY):
+            raise ValueError(f"{self.family}: the backend vllm needs a card and real weights")
+        if bool(self.loras) is not bool(self.lora_cache_gib):
+            raise ValueError(f"{self.family}: loras and lora_cache_gib go together")
+        if not self.loras and "mix_loras" in self.model_fields_set:
+            raise ValueError(f"{self.family}: mix_loras would have no effect without loras")
+        if self.loras and (unfit := self.acceleration.refuses_loras()):
+            raise ValueError(f"{self.family}: loras: {unfit}")
+        if self.device == "cuda" and self.lora_cache_gib >= self.memory_gib:
+            raise ValueError(f"{self.family}: lora_cache_gib is a part of memory_gib")
         if self.source == TINY and (self.single_file or self.vae or self.variant or self.revision):
             raise ValueError(f"{self.family}: tiny weights have no revision, variant, single_file or vae")
+        if refused := self.acceleration.refusals(self.family, self.device, self.dtype, self.offload):
+            raise ValueError(f"{self.family}: acceleration: {'; '.join(refused)}")
         return self
 
 
@@ -98,6 +144,24 @@ class Profile(BaseModel):
                     entry["defaults"] = default_for(Family(name)).with_overrides(entry.get("defaults") or {})
             models[name] = entry
         return {**raw, "models": models}
+
+    @model_validator(mode="after")
+    def _hosts_exist(self) -> Self:
+        for family, spec in self.models.items():
+            if spec.hosted_by is None:
+                continue
+            host = self.models.get(spec.hosted_by)
+            if host is None or host.hosted_by is not None or host.family not in _MEDIA_FAMILIES:
+                raise ValueError(
+                    f"{family}: hosted_by names another media model of the profile with replicas of its own"
+                )
+            if host.device != spec.device:
+                raise ValueError(f"{family}: a model and its host are on the same device")
+        return self
+
+    def hosted(self, family: Family) -> list[Family]:
+        """The families whose models one replica of this family holds: its own, and those that it is the host of."""
+        return [family, *(other for other, spec in self.models.items() if spec.hosted_by is family)]
 
 
 def profile_names() -> list[str]:

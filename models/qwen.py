@@ -1,77 +1,51 @@
-"""Qwen, the language model that rewrites prompts: messages in, one completion out.
+"""Qwen, the language model that rewrites prompts: transformers' continuous batching behind a `LanguageBackend`.
 
-Sampling uses a random generator of its own, so that a seed gives the same words on the same device whatever
-else runs in the process. Control tokens written in a message ("<|im_end|>") stay plain text: a prompt
-can't start a system message.
+Requests join and leave the batch at every token. Prompts that begin alike (the same system message) share what was
+computed for the beginning. Greedy answers are those of `model.generate`. A seed gives the same words on the same
+device, whatever else is in the batch: its noise depends on nothing else (`models.sampling`). The scores themselves may
+differ in their last bits with the shape of the batch, so in half precision two words that are as good as equally likely
+may change places, sampled or greedy.
+
+transformers ends its whole loop when one step fails. Then it is started again, and those who were in the batch go on
+alone, one after another, each from the word where it was: who fails alone fails for itself.
 """
 
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from models.engine import (
+import structlog
+
+from models.batching import BatchingBackend, Request
+from models.generation import (
+    DeviceBroken,
     GenerationError,
-    InvalidInput,
+    GenerationFailed,
     ModelLoadFailed,
     as_generation_error,
     release_device_memory,
 )
+from models.sampling import SeededSampling
 
-if TYPE_CHECKING:
-    from models.profile import ModelSpec
+log = structlog.get_logger()
 
-Role = Literal["system", "user", "assistant"]
-FinishReason = Literal["stop", "length", "cancelled"]
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message of a chat."""
-
-    role: Role
-    content: str
+_PAGE_TOKENS = 32  # the grain in which the cache is taken and beginnings are shared
+_STEP_TOKENS = 512  # of prompts that are read in one step; those who are writing wait for it
+_POLL_SECONDS = 0.5  # how soon the end of transformers' loop is noticed
+_STOP_SECONDS = 30.0
+_FRUITLESS_RESTARTS = 3  # failures of an empty batch in a row, after which nothing is expected of another start
 
 
-@dataclass(frozen=True)
-class Completion:
-    """What the model wrote, special tokens left out.
+class Qwen(BatchingBackend):
+    """One causal language model with its tokenizer. Its `close` must be called, or the threads live on."""
 
-    `finish_reason`: "stop" where the model ended its answer, "length" at `max_new_tokens`, "cancelled" where the
-    caller stopped it (`text` is then what was written so far). `seconds` is the time on the model, without waiting.
-    """
-
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-    seconds: float
-    finish_reason: FinishReason
-
-
-def _never() -> bool:
-    return False
-
-
-class Qwen:
-    """One causal language model with its tokenizer. Threads may share it; completions run one at a time.
-
-    `weights` is a folder or the name of a repository; see `models.profile.resolve_weights`.
-    """
-
-    def __init__(self, spec: ModelSpec, weights: Path | str) -> None:
-        self.spec = spec
-        self.weights = weights
-        self.model_name = spec.model_name
-        self.revision = spec.revision
-        self.device: str = spec.device
-        self.loaded = False
-        self._tokenizer: Any = None
-        self._model: Any = None
-        self._one_at_a_time = threading.Lock()
+    _manager: Any = None
+    _model: Any = None
+    _thread: threading.Thread | None = None
+    _ends: frozenset[int] = frozenset()
 
     def load(self) -> None:
         """Loads tokenizer and weights, downloading them if they are not here. Raises `ModelLoadFailed`."""
@@ -84,13 +58,13 @@ class Qwen:
             raise ModelLoadFailed(f"{self.model_name}: the profile asks for a CUDA device and there is none")
         if isinstance(self.weights, Path) and not self.weights.exists():
             raise ModelLoadFailed(f"{self.model_name}: there is nothing at {self.weights}")
-        source, revision = str(self.weights), self.revision
+        source, dtype = str(self.weights), getattr(torch, self.spec.dtype)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=self.revision)
             model = AutoModelForCausalLM.from_pretrained(
-                source, revision=revision, dtype=getattr(torch, self.spec.dtype)
+                source, revision=self.revision, dtype=dtype, attn_implementation="sdpa"
             )
-            model = model.to(self.device).eval()
+            self._model = model.to(self.device).eval()
         except (OSError, ValueError, KeyError) as error:
             raise ModelLoadFailed(f"{self.model_name}: {type(error).__name__}: {error}") from error
         except RuntimeError as error:
@@ -98,128 +72,159 @@ class Qwen:
             raise ModelLoadFailed(f"{self.model_name}: {as_generation_error(error).message}") from error
         if not tokenizer.chat_template:
             raise ModelLoadFailed(f"{self.model_name}: the tokenizer has no chat template")
-        # Sampling is done by _SeededChoice; the checkpoint's own sampling settings would only contradict it.
+        # What is sampled is asked for with each request; the checkpoint's own settings would only contradict it.
         defaults = model.generation_config
         defaults.do_sample = False
         defaults.temperature = defaults.top_p = defaults.top_k = None
         if defaults.pad_token_id is None:
             defaults.pad_token_id = tokenizer.pad_token_id
-        self._tokenizer, self._model = tokenizer, model
+        ends = defaults.eos_token_id
+        self._ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        self.context = int(model.config.max_position_embeddings)
+        self._tokenizer = tokenizer
+        self._start_thread()
         self.loaded = True
 
-    def warm_up(self) -> None:
-        """A completion of one token, so that the first caller does not pay for lazy initialisation."""
-        self.complete([Message("user", "warm up")], max_new_tokens=1, temperature=0, top_p=1, seed=0)
+    def _start_thread(self) -> None:
+        started = threading.Event()
+        failures: list[GenerationError] = []
 
-    def complete(
-        self,
-        messages: Sequence[Message],
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
-        should_stop: Callable[[], bool] = _never,
-    ) -> Completion:
-        """One answer to the messages. `temperature` 0 always takes the likeliest token.
-
-        `should_stop` is asked before the first token and after each, from the calling thread. Raises `InvalidInput`
-        for values out of range and messages that leave no room in the context, other `GenerationError`s for faults.
-        """
-        if not self.loaded:
-            raise ModelLoadFailed(f"{self.model_name} is not loaded")
-        if not (max_new_tokens >= 1 and 0 <= temperature <= 2 and 0 < top_p <= 1 and 0 <= seed < 2**63):
-            raise InvalidInput("max_new_tokens >= 1, temperature 0 to 2, top_p above 0 to 1, seed 0 to 2**63-1")
-        encoded = self._tokenizer.apply_chat_template(
-            [asdict(message) for message in messages],
-            add_generation_prompt=True,
-            sanitize_control_tokens=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
-        prompt_tokens = int(encoded["input_ids"].shape[1])
-        context = int(self._model.config.max_position_embeddings)
-        if prompt_tokens + max_new_tokens > context:
-            raise InvalidInput(f"{prompt_tokens} + {max_new_tokens} tokens don't fit the context of {context}")
-        with self._one_at_a_time:
-            if should_stop():
-                return Completion("", prompt_tokens, 0, 0.0, "cancelled")
-            started = time.perf_counter()
+        def run() -> None:
             try:
-                new_ids, cancelled = self._generate(encoded, max_new_tokens, temperature, top_p, seed, should_stop)
-            except GenerationError:
-                raise
+                self._start_engine()
             except Exception as error:
-                failure = as_generation_error(error)
-                release_device_memory()
-                raise failure from error
-            seconds = time.perf_counter() - started
-        ends = self._model.generation_config.eos_token_id
-        ended = bool(new_ids) and new_ids[-1] in (ends if isinstance(ends, list) else [ends])
-        return Completion(
-            text=self._tokenizer.decode(new_ids, skip_special_tokens=True).strip(),
-            prompt_tokens=prompt_tokens,
-            new_tokens=len(new_ids),
-            seconds=seconds,
-            finish_reason="cancelled" if cancelled else "stop" if ended else "length",
+                failures.append(as_generation_error(error))
+                return
+            finally:
+                started.set()
+            self._deliver_forever()
+
+        # transformers' own thread is started from this one and so is a daemon as well
+        self._thread = threading.Thread(target=run, name="language", daemon=True)
+        self._thread.start()
+        started.wait()
+        if failures:
+            self._thread.join()
+            release_device_memory()
+            raise ModelLoadFailed(f"{self.model_name}: {failures[0].message}")
+
+    def _start_engine(self) -> None:
+        """A new loop of transformers with an empty cache."""
+        from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+        config = ContinuousBatchingConfig(
+            page_size=_PAGE_TOKENS,
+            num_blocks=self._room(self.spec.cache_tokens) // _PAGE_TOKENS,
+            max_batch_tokens=_STEP_TOKENS,
+            max_requests_per_batch=self.spec.sequences,
+            max_blocks_per_request=0,
+            allow_block_sharing=True,
+            safety_margin=0.0,  # who begins has room for everything, so none has to be kept back
+            use_async_batching=False,
+            use_cuda_graph=False,
+            auto_switch_to_flash=False,
+            drop_unsupported_processors=False,
+        )
+        manager = self._model.init_continuous_batching(continuous_batching_config=config)
+        manager.logit_processor = SeededSampling(manager.logit_processor.logits_processor)
+        manager.warmup()  # takes the cache here and now, where a failure has a name
+        manager.start()
+        self._manager = manager
+
+    def _room(self, tokens: int) -> int:
+        return -(-tokens // _PAGE_TOKENS) * _PAGE_TOKENS
+
+    def _begin(self, request: Request) -> None:
+        asked, request.resumed = request.sampling, len(request.written)
+        if self._manager.background_thread_status.can_accept_new_requests() is not None:
+            return  # its loop is ending; the thread sees that, and everybody who is running begins anew
+        self._manager.add_request(
+            request.prompt_ids + request.written,
+            request_id=request.id,
+            max_new_tokens=asked.max_new_tokens - len(request.written),
+            streaming=True,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            seed=asked.seed,
         )
 
-    def _generate(
-        self,
-        encoded: Any,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
-        should_stop: Callable[[], bool],
-    ) -> tuple[list[int], bool]:
-        import torch
-        from transformers import LogitsProcessorList, StoppingCriteriaList
+    def _abort(self, request: Request) -> None:
+        self._manager.cancel_request(request.id)
 
-        stop = _AskedToStop(should_stop)
-        choice = [] if temperature == 0 else [_SeededChoice(temperature, top_p, seed)]
-        with torch.inference_mode():
-            ids = self._model.generate(
-                **encoded.to(self.device),
-                max_new_tokens=max_new_tokens,
-                logits_processor=LogitsProcessorList(choice),
-                stopping_criteria=StoppingCriteriaList([stop]),
-            )
-        new_ids = ids[0, encoded["input_ids"].shape[1] :].tolist()
-        return new_ids, stop.stopped
+    def _end_engine(self) -> None:
+        if self._thread is not None:
+            self._thread.join(_STOP_SECONDS)
+        self._model = self._manager = None
+        release_device_memory()
+
+    # --- the thread --------------------------------------------------------------------------------------
+
+    def _deliver_forever(self) -> None:
+        """Give out what the loop of transformers writes, and start it again when it has ended."""
+        fruitless = 0
+        while not self._closing and self.broken is None:
+            output = self._manager.get_result(timeout=_POLL_SECONDS)
+            if output is not None:
+                fruitless = 0
+                self._deliver(output)
+            elif not self._manager.is_running():
+                fruitless = 0 if self._running else fruitless + 1
+                self._recover(fruitless)
+        self._stop_engine()
+
+    def _deliver(self, output: Any) -> None:
+        with self._lock:
+            request = self._running.get(output.request_id)
+            if request is None:
+                return  # cancelled meanwhile
+            if output.error is not None:
+                if self._manager.background_thread_status.can_accept_new_requests() is None:
+                    self._fail(request, GenerationFailed("the request was refused by the batch"))
+                return  # else the loop is ending, and its end says why
+            self._wrote(request, output.generated_tokens[len(request.written) - request.resumed :])
+            if output.is_finished():
+                self._finish(request, "stop" if request.written[-1] in self._ends else "length")
+
+    def _recover(self, fruitless: int) -> None:
+        """The loop has ended by a failure: who was in the batch goes on alone, unless it was alone already."""
+        failure = _diagnosis(self._manager.background_thread_status.fatal_error)
+        log.error("language_batch_failed", code=failure.code, reason=failure.message, requests=len(self._running))
+        with self._lock:
+            self._paused = True
+            stricken = list(self._running.values())
+            self._running.clear()
+            self._suspects.extend(stricken if len(stricken) > 1 else [])
+        self._stop_engine()
+        if isinstance(failure, DeviceBroken) or fruitless >= _FRUITLESS_RESTARTS:
+            self._break(failure.message, stricken)
+            return
+        if len(stricken) == 1:
+            self._fail(stricken[0], failure)
+        try:
+            self._start_engine()
+        except Exception as fault:
+            self._break(as_generation_error(fault).message, [])
+            return
+        with self._lock:
+            self._paused = False
+            self._admit()
+
+    def _break(self, reason: str, stricken: list[Request]) -> None:
+        self.broken = reason
+        for request in stricken:
+            request.answer.end(DeviceBroken(reason))
+        self._fail_everything(DeviceBroken(reason))
+
+    def _stop_engine(self) -> None:
+        self._manager.stop(block=True, timeout=_STOP_SECONDS, hard_stop=True)
+        self._manager.destroy()
+        release_device_memory()
 
 
-class _AskedToStop:
-    """A stopping criterion of transformers: ends the loop as soon as the caller says so."""
-
-    def __init__(self, should_stop: Callable[[], bool]) -> None:
-        self._should_stop = should_stop
-        self.stopped = False
-
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        import torch
-
-        self.stopped = self.stopped or self._should_stop()
-        return torch.full((input_ids.shape[0],), self.stopped, device=input_ids.device, dtype=torch.bool)
-
-
-class _SeededChoice:
-    """A logits processor after which the likeliest token is a sample with temperature and nucleus.
-
-    Adding Gumbel noise to log-probabilities and taking the maximum draws from the distribution (the Gumbel-max
-    trick), which needs no global random state; the noise is drawn on the CPU, so a seed means the same on any device.
-    """
-
-    def __init__(self, temperature: float, top_p: float, seed: int) -> None:
-        import torch
-        from transformers.generation import TopPLogitsWarper
-
-        self._temperature = temperature
-        self._nucleus = TopPLogitsWarper(top_p)
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        import torch
-
-        kept = self._nucleus(input_ids, scores / self._temperature)
-        exponential = torch.empty(kept.shape, dtype=torch.float32).exponential_(generator=self._generator)
-        return kept - exponential.clamp_(min=1e-30).log_().to(kept.device)
+def _diagnosis(error: BaseException | None) -> GenerationError:
+    """What ended the loop. The frames of the error hold the tensors of the step, and are let go."""
+    if error is None:
+        return GenerationFailed("the batch has ended")
+    failure = as_generation_error(error)
+    traceback.clear_frames(error.__traceback__)
+    return failure

@@ -16,10 +16,12 @@ import structlog
 
 from models.embeddings import Encoded
 from models.generation import Generation, GenerationFailed, GenerationRequest, InvalidInput
+from models.lora_rows import AdapterSet
 from models.media import open_reference
 from models.params import GenerationParams
-from models.pipeline import PipelineModel, Stopwatch, generators, seeds_from
+from models.pipeline import PipelineModel, generators, seeds_from
 from models.profile import ModelSpec
+from models.stopwatch import Stopwatch
 from models.weighting import Weighting, WeightingFailed
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ class SDXL(PipelineModel):
         else:
             reference = request.reference
             arguments |= watch.aside(lambda: self._start_from(reference, params, settings))
-        encoded = watch.aside(lambda: self._encode(own, params), "text")
+        encoded = watch.aside(lambda: self._encode(own, params, watch.adapters), "text")
         arguments |= encoded.arguments
         settings |= encoded.facts
 
@@ -123,9 +125,12 @@ class SDXL(PipelineModel):
         for number, batch in enumerate(batches):
             own = self._own(pipeline, self._scheduler(params), request, watch)
             watch.batch(number, len(batches))
-            images = own(**arguments, num_images_per_prompt=len(batch), generator=generators(batch)).images
+            chances = generators(batch)
+            watch.resumable(own.scheduler, chances)
+            batched = arguments | {"num_images_per_prompt": len(batch), "generator": chances}
+            images = self._call(own, params, batched, settings).images
             pictures += watch.aside(partial(_to_pictures, images))
-        settings["denoise_steps"] = own.num_timesteps
+        settings |= {"denoise_steps": own.num_timesteps, **watch.facts}
         return Generation(
             images=pictures,
             frames=None,
@@ -142,13 +147,15 @@ class SDXL(PipelineModel):
             raise InvalidInput(f"SDXL has no scheduler {params.scheduler!r}")
         return getattr(diffusers, SCHEDULERS[params.scheduler]).from_config(self._pipeline.scheduler.config)
 
-    def _encode(self, own: Any, params: GenerationParams) -> Encoded:
+    def _encode(self, own: Any, params: GenerationParams, adapters: AdapterSet) -> Encoded:
         """Prompt embeddings as arguments of the pipeline: with Compel if asked for, else, or if it fails, plain."""
+        assert self.adapters is not None  # made by load()
         guided = params.guidance_scale > 1
         # None lets the pipeline use what the checkpoint was trained with (zeros), an empty text would not
         negative = params.negative_prompt or None if guided else None
-        parts = (params.prompt, negative, guided, params.compel_enabled)
-        return self._embeddings.get(parts, lambda: self._encode_anew(own, params, negative, guided))
+        parts = (params.prompt, negative, guided, params.compel_enabled, adapters)
+        with self.adapters.encoding(adapters):
+            return self._embeddings.get(parts, lambda: self._encode_anew(own, params, negative, guided))
 
     def _encode_anew(self, own: Any, params: GenerationParams, negative: str | None, guided: bool) -> Encoded:
         facts: dict[str, Any] = {

@@ -11,7 +11,8 @@ from typing import Any
 from models.embeddings import Encoded
 from models.generation import Generation, GenerationFailed, GenerationRequest, InvalidInput
 from models.params import GenerationParams
-from models.pipeline import PipelineModel, Stopwatch, generators
+from models.pipeline import PipelineModel, generators
+from models.stopwatch import Stopwatch
 
 MAX_PROMPT_TOKENS = 512
 
@@ -58,18 +59,20 @@ class WAN(PipelineModel):
         settings |= encoded.facts
 
         watch.phase("denoise")
-        frames = own(
-            **encoded.arguments,
-            width=params.width,
-            height=params.height,
-            num_frames=params.frames,
-            num_inference_steps=params.steps,
-            guidance_scale=params.guidance_scale,
-            generator=generators([seed])[0],
-            callback_on_step_end=watch.on_step_end,
-            output_type="np",
-        ).frames[0]
-        settings["denoise_steps"] = own.num_timesteps
+        chance = generators([seed])[0]
+        watch.resumable(own.scheduler, [chance])
+        arguments: dict[str, Any] = encoded.arguments | {
+            "width": params.width,
+            "height": params.height,
+            "num_frames": params.frames,
+            "num_inference_steps": params.steps,
+            "guidance_scale": params.guidance_scale,
+            "generator": chance,
+            "callback_on_step_end": watch.on_step_end,
+            "output_type": "np",
+        }
+        frames = self._call(own, params, arguments, settings).frames[0]
+        settings |= {"denoise_steps": own.num_timesteps, **watch.facts}
         pictures = watch.aside(lambda: _to_bytes(frames, params.frames))
         return self._finish(pictures, params, settings, watch, seed)
 

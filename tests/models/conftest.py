@@ -1,10 +1,12 @@
 """Real tiny checkpoints and loaded models, made once for the session."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from models.engine import Control, GenerationRequest, Phase
 from models.params import GenerationParams
@@ -53,6 +55,14 @@ def wan(wan_spec: ModelSpec, tiny_wan: Path) -> WAN:
     return model
 
 
+@pytest.fixture(scope="session")
+def picture() -> bytes:
+    """A PNG to start from."""
+    buffer = io.BytesIO()
+    Image.effect_mandelbrot((96, 96), (-2, -1.5, 1, 1.5), 50).convert("RGB").save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 @pytest.fixture
 def image_request() -> Callable[..., GenerationRequest]:
     def make(reference_bytes: bytes | None = None, **changes: Any) -> GenerationRequest:
@@ -68,7 +78,8 @@ def image_request() -> Callable[..., GenerationRequest]:
             "guidance_scale": 6.0,
             "scheduler": "euler",
         }
-        return GenerationRequest("job-1", GenerationParams(**fields | changes), reference_bytes)
+        own = {name: changes.pop(name) for name in ("model", "priority", "batch_size") if name in changes}
+        return GenerationRequest("job-1", GenerationParams(**fields | changes), reference_bytes, **own)
 
     return make
 
@@ -90,7 +101,8 @@ def video_request() -> Callable[..., GenerationRequest]:
             "scheduler": "unipc",
             "shift": 5.0,
         }
-        return GenerationRequest("job-2", GenerationParams(**fields | changes))
+        model = changes.pop("model", None)
+        return GenerationRequest("job-2", GenerationParams(**fields | changes), model=model)
 
     return make
 

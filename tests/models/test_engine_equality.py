@@ -144,13 +144,6 @@ def stock_wan(model: WAN, request: GenerationRequest) -> Any:
     return latents[:, latents.shape[1] // 2]
 
 
-@pytest.fixture(scope="module")
-def picture() -> bytes:
-    buffer = io.BytesIO()
-    Image.effect_mandelbrot((96, 96), (-2, -1.5, 1, 1.5), 50).convert("RGB").save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 async def test_sdxl_alone_is_bitwise_stock(sdxl: SDXL, image_request: Make, scheduler: str) -> None:
     request = image_request(scheduler=scheduler, steps=5)

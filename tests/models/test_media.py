@@ -7,7 +7,19 @@ import pytest
 from PIL import Image
 
 from models.engine import InvalidInput
-from models.media import UnreadableMedia, encode_mp4, encode_png, open_reference, probe, thumbnail
+from models.manifest import xmp
+from models.media import (
+    MANIFEST_KEY,
+    UnreadableMedia,
+    describe_mp4,
+    encode_mp4,
+    encode_png,
+    open_reference,
+    probe,
+    read_manifest,
+    read_xmp,
+    thumbnail,
+)
 
 PIXELS, BYTES = 1_000_000, 1_000_000
 
@@ -99,6 +111,49 @@ def test_mp4_shows_the_colours_that_went_in() -> None:
     for colour in ((40, 40, 40), (200, 60, 30)):
         inside = (frames == colour).all(axis=3)
         assert np.abs(decoded[inside].astype(int).mean(axis=0) - colour).max() < 8
+
+
+def test_png_carries_manifest_and_xmp_in_chunks_of_utf8() -> None:
+    data = encode_png(gradient(), {MANIFEST_KEY: '{"title": "猫"}'}, xmp())
+    assert (read_manifest(data), read_xmp(data)) == ('{"title": "猫"}', xmp())
+    for key in (MANIFEST_KEY, "XML:com.adobe.xmp"):
+        # keyword, no compression, no language, no translated keyword
+        assert b"iTXt" + key.encode() + b"\0\0\0\0\0" in data
+    with Image.open(io.BytesIO(data)) as read:
+        assert read.tobytes() == gradient().tobytes()
+
+
+def test_mp4_carries_manifest_and_xmp_and_stays_the_same_video() -> None:
+    plain = encode_mp4(moving_bar(), 16)
+    data = describe_mp4(plain, {MANIFEST_KEY: '{"title": "猫"}', "Software": "ourvidz-serve"}, xmp())
+    assert (read_manifest(data), read_xmp(data)) == ('{"title": "猫"}', xmp())
+    before, after = probe(plain), probe(data)
+    assert after.size_bytes > before.size_bytes
+    assert {**vars(after), "size_bytes": 0} == {**vars(before), "size_bytes": 0}
+    names = atoms(data)
+    assert names.index("moov") < names.index("mdat") < names.index("uuid") == len(names) - 1
+
+
+def test_mp4_keeps_its_colours_while_it_is_described() -> None:
+    import av
+
+    told = []
+    for data in (encode_mp4(moving_bar(), 16), describe_mp4(encode_mp4(moving_bar(), 16), {}, None)):
+        with av.open(io.BytesIO(data)) as container:
+            context = container.streams.video[0].codec_context
+            told.append((context.color_primaries, context.color_trc, context.colorspace, context.color_range))
+    assert told[0] == told[1] == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("data", [encode_png(gradient(), {}), encode_mp4(moving_bar(), 16)])
+def test_a_file_without_a_manifest_has_none(data: bytes) -> None:
+    assert (read_manifest(data), read_xmp(data)) == (None, None)
+
+
+@pytest.mark.parametrize("data", [b"", b"not a file", encoded(gradient(), "JPEG"), b"\0\0\0\x18ftypisom"])
+def test_metadata_of_what_is_neither_png_nor_mp4_is_refused(data: bytes) -> None:
+    with pytest.raises(UnreadableMedia):
+        read_manifest(data)
 
 
 @pytest.mark.parametrize(

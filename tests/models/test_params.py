@@ -1,5 +1,6 @@
 import math
 import pickle
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.catalog import Family, default_for, resolve
+from models.loras import LoraUse
 from models.params import (
     MAX_SEED,
     GenerationParams,
@@ -248,3 +250,68 @@ def test_resolve_params_gives_valid_params_or_refuses(name: str, given: dict[str
     for field, value in given.items():
         if field not in ("prompt", "negative_prompt", "frames"):
             assert getattr(params, field) == value
+
+
+# --- LoRAs ------------------------------------------------------------------------------------------------
+
+
+def loras_refused(loras: object, known: Collection[str] = ("ink", "oil")) -> dict[str, str]:
+    job_type = resolve("sdxl_image_fast")
+    with pytest.raises(InvalidParams) as refused:
+        resolve_params(job_type, GivenParams(prompt="a cat", loras=loras), default_for(job_type.family), known)
+    return {error.field: error.code for error in refused.value.errors}
+
+
+def test_loras_are_kept_in_their_order() -> None:
+    job_type = resolve("sdxl_image_fast")
+    given = GivenParams.model_validate({"prompt": "a cat", "loras": [{"name": "oil"}, {"name": "ink", "weight": -2}]})
+    params = resolve_params(job_type, given, default_for(job_type.family), ["ink", "oil"]).params
+    assert params.loras == (LoraUse(name="oil", weight=1.0), LoraUse(name="ink", weight=-2.0))
+    assert GenerationParams.model_validate(params.model_dump(mode="json")) == params
+
+
+def test_no_loras_are_no_loras() -> None:
+    assert resolved().params.loras == ()
+    assert resolved(loras=[]).params.loras == ()
+
+
+def test_rows_from_before_there_were_loras_are_read() -> None:
+    row = resolved().params.model_dump(mode="json")
+    del row["loras"]
+    assert GenerationParams.model_validate(row).loras == ()
+
+
+@pytest.mark.parametrize(
+    ("loras", "errors"),
+    [
+        ([{"name": "ink"}, {"name": "nobody"}], {"loras.1.name": "choice"}),
+        ([{"name": "/etc/passwd"}], {"loras.0.name": "choice"}),
+        ([{"name": "ink"}, {"name": "ink", "weight": 0.5}], {"loras.0.name": "conflict", "loras.1.name": "conflict"}),
+        ([{"name": "ink", "weight": 0}], {"loras.0.weight": "conflict"}),
+        ([{"name": "ink", "weight": 2.01}], {"loras.0.weight": "range"}),
+        ([{"name": "ink", "weight": float("nan")}], {"loras.0.weight": "range"}),
+        ([{"name": "ink", "weight": "1"}], {"loras.0.weight": "type"}),
+        ([{"name": "ink", "scale": 1}], {"loras.0.scale": "unknown"}),
+        ([{"weight": 1}], {"loras.0.name": "missing"}),
+        ("ink", {"loras": "type"}),
+    ],
+    ids=str,
+)
+def test_loras_that_can_not_be_used_are_named(loras: object, errors: dict[str, str]) -> None:
+    assert loras_refused(loras) == errors
+
+
+def test_an_unknown_lora_is_told_the_known_ones() -> None:
+    job_type = resolve("sdxl_image_fast")
+    given = GivenParams.model_validate({"prompt": "a cat", "loras": [{"name": "x"}]})
+    with pytest.raises(InvalidParams, match=r"loras\.0\.name: must be one of ink, oil"):
+        resolve_params(job_type, given, default_for(job_type.family), ["oil", "ink"])
+
+
+def test_more_than_five_loras_are_refused() -> None:
+    names = [f"lora{number}" for number in range(6)]
+    assert loras_refused([{"name": name} for name in names], names) == {"loras": "length"}
+
+
+def test_a_model_without_loras_takes_none() -> None:
+    assert loras_refused([{"name": "ink"}], ()) == {"loras": "unsupported"}

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from models.engine import Cancelled, GenerationRequest, ModelLoadFailed
-from models.pipeline import Stopwatch, generators, seeds_from
+from models.pipeline import generators, seeds_from
 from models.profile import ModelSpec
+from models.stopwatch import Stopwatch
 from models.wan import WAN
 
 Make = Callable[..., GenerationRequest]
@@ -36,9 +37,9 @@ def test_generators_take_the_whole_range_of_seeds() -> None:
     assert [generator.initial_seed() for generator in generators([0, 2**63 - 1])] == [0, 2**63 - 1]
 
 
-def test_stopwatch_measures_each_phase_and_the_whole(recorder: Any) -> None:
+def test_stopwatch_measures_each_phase_and_the_whole(recorder: Any, image_request: Make) -> None:
     control = recorder()
-    watch = Stopwatch(control, "cpu")
+    watch = Stopwatch(control, image_request())
     watch.phase("encode")
     watch.phase("denoise")
     timings = watch.stop()

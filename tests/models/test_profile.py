@@ -7,6 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from models.catalog import Family, default_for
+from models.loras import LoraSource
 from models.profile import (
     Card,
     ModelSpec,
@@ -253,3 +254,52 @@ def test_cached_shards_must_all_be_there(tmp_path: Path, monkeypatch: pytest.Mon
     snapshot = tmp_path / "models--some--language" / "snapshots" / ("a" * 40)
     (snapshot / "model-2.safetensors").write_text("")
     assert weights_present(spec) == str(snapshot)
+
+
+def test_a_model_has_the_loras_of_its_profile() -> None:
+    entry = {"source": "someone/ink-lora", "file": "ink.safetensors", "trigger_words": ["inkstyle"]}
+    spec = profile_of(sdxl={"loras": {"ink": entry}, "lora_cache_gib": 2}).models[Family.SDXL]
+    assert spec.loras["ink"] == LoraSource(
+        source="someone/ink-lora", file="ink.safetensors", trigger_words=("inkstyle",)
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("sdxl", {"loras": {"ink": {"source": "a/b"}}}, "go together"),
+        ("wan", {"lora_cache_gib": 1}, "go together"),
+        ("sdxl", {"loras": {"ink": {"source": "a/b"}}, "lora_cache_gib": 10}, "part of memory_gib"),
+        ("qwen", {"loras": {"ink": {"source": "a/b"}}, "lora_cache_gib": 1}, "would have no effect"),
+        ("sdxl", {"loras": {"../ink": {"source": "a/b"}}, "lora_cache_gib": 1}, "pattern"),
+        ("sdxl", {"loras": {"ink": {"source": "a/b", "file": "ink.bin"}}, "lora_cache_gib": 1}, "pattern"),
+        ("sdxl", {"loras": {"ink": {"source": "a/b", "rank": 8}}, "lora_cache_gib": 1}, "extra"),
+        ("sdxl", {"mix_loras": False}, "without loras"),
+        (
+            "sdxl",
+            {"loras": {"ink": {"source": "a/b"}}, "lora_cache_gib": 1, "acceleration": {"fuse_qkv": True}},
+            "fuse_qkv",
+        ),
+    ],
+)
+def test_loras_that_a_profile_can_not_have_are_refused(family: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        profile_of(**{family: changes})
+
+
+@pytest.mark.parametrize("field", [{"backend": "transformers"}, {"sequences": 8}, {"cache_tokens": 4096}])
+def test_the_fields_of_the_language_model_are_refused_elsewhere(field: dict[str, object]) -> None:
+    tiny = {"model_name": "m", "source": "tiny", "device": "cpu", "memory_gib": 0, "disk_gib": 0}
+    raw = {"name": "p", "description": "d", "models": {"qwen": tiny | field}}
+    Profile.model_validate(raw)
+    with pytest.raises(ValueError, match="would have no effect"):
+        Profile.model_validate(raw | {"models": {"sdxl": tiny | field}})
+
+
+def test_vllm_needs_a_card_and_real_weights() -> None:
+    card = {"device": "cuda", "num_gpus": 1, "memory_gib": 20, "disk_gib": 15, "model_name": "q", "backend": "vllm"}
+    raw = {"name": "p", "description": "d", "models": {"qwen": card | {"source": "Qwen/Qwen2.5-7B-Instruct"}}}
+    assert Profile.model_validate(raw).models[Family.QWEN].backend == "vllm"
+    for wrong in ({"source": "tiny"}, {"source": "q/q", "device": "cpu", "num_gpus": 0, "memory_gib": 0}):
+        with pytest.raises(ValueError, match="needs a card and real weights"):
+            Profile.model_validate(raw | {"models": {"qwen": card | wrong}})
