@@ -3,8 +3,8 @@
 Jobs do nothing; the bookkeeping is all there: on our side that is the fence, the charge, three events, the fair share,
 the run time and the outbox row. Every submit is a call of its own that returns when it is durable; calls that come at
 the same time share a commit, as they do in the API's process. The contenders take turns, round by round, so that a
-noisy machine hurts them alike; what counts are the medians and their ratios, not the rates. The peers run at the
-settings that were their best in a sweep.
+noisy machine hurts them alike; what counts are not the rates but the ratios within a round, of which the median is
+told, and what a job costs in processor time. The peers run at the settings that were their best in a sweep.
 
 Needs `pip install procrastinate "pgqueuer[asyncpg]" "psycopg[binary,pool]"` beside this project.
 """
@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID, uuid4
 
 import asyncpg
+import psutil
 from uuid6 import uuid7
 
 from db import embedded
@@ -41,7 +42,8 @@ from db.pool import open_pool
 from db.queue import Claim, Queue, Settled, Settlement
 
 SUBMITTERS = 32
-DRAINERS, DRAINED = 2, 500  # the best of 2 and 3 with 100 to 1000
+DRAINERS, DRAINED = 2, 500  # the best of 2 to 4 with 300 to 1000
+DRAIN_JOBS = 8000  # for each second of a turn: connections that are new to the statements are a small part of it
 LINGER = 0.01  # seconds that a worker waits after a claim that found less than it asked for
 USERS = 50
 PAYLOAD = {"prompt": "a" * 200, "steps": 30}
@@ -56,6 +58,7 @@ class Bench:
     data: Path
     seconds: float
     rates: dict[str, list[float]] = field(default_factory=dict)
+    cpu: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # µs for each job: here, in Postgres
 
     def database(self, name: str) -> str:
         return urlunsplit(urlsplit(self.url)._replace(path=f"/{name}"))
@@ -69,11 +72,42 @@ class Bench:
         await server.close()
         return self.database(name)
 
-    def add(self, name: str, jobs: int, seconds: float) -> None:
-        self.rates.setdefault(name, []).append(jobs / seconds)
+    def begin(self) -> "Turn":
+        postgres = self._postgres_seconds()
+        return Turn(postgres=postgres, here=time.process_time(), clock=time.perf_counter())
 
-    def median(self, name: str) -> float:
-        return statistics.median(self.rates[name])
+    def end(self) -> "Turn":
+        clock, here = time.perf_counter(), time.process_time()
+        return Turn(postgres=self._postgres_seconds(), here=here, clock=clock)
+
+    def add(self, name: str, jobs: int, begun: "Turn", ended: "Turn | None" = None) -> None:
+        """Note a turn; while its connections are open, as Postgres' share is what its processes have used."""
+        ended = ended or self.end()
+        self.rates.setdefault(name, []).append(jobs / (ended.clock - begun.clock))
+        spent = (1e6 * (ended.here - begun.here) / jobs, 1e6 * (ended.postgres - begun.postgres) / jobs)
+        self.cpu.setdefault(name, []).append(spent)
+
+    def _postgres_seconds(self) -> float:
+        postmaster = int((self.data / "postmaster.pid").read_text(encoding="utf-8").split()[0])
+        total = 0.0
+        for child in psutil.Process(postmaster).children():
+            with suppress(psutil.NoSuchProcess):  # a connection that has just been closed
+                total += sum(child.cpu_times()[:2])
+        return total
+
+    def ratio(self, rates: list[float], peer: str) -> float:
+        """The median of the rounds' own ratios, to whichever setting of the peer was its best in that round."""
+        best = (max(found) for found in zip(*(r for n, r in self.rates.items() if n.startswith(peer)), strict=True))
+        return statistics.median(own / theirs for own, theirs in zip(rates, best, strict=True))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The beginning or end of a turn, in seconds: the clock, and the processor time of this process and of Postgres."""
+
+    clock: float
+    here: float
+    postgres: float
 
 
 async def share(count: int, tasks: int, work: Callable[[int, int], Awaitable[None]]) -> None:
@@ -169,22 +203,22 @@ async def ours(bench: Bench, name: str = "ours") -> Any:
 async def ours_end_to_end(bench: Bench) -> None:
     count = round(2000 * bench.seconds)
     async with ours(bench) as (side, pool):
-        started = time.perf_counter()
+        begun = bench.begin()
         await asyncio.gather(side.submit(count), side.work(count))
-        bench.add("ours, end to end", count, time.perf_counter() - started)
+        bench.add("ours, end to end", count, begun)
         await side.check(pool, count)
 
 
 async def ours_drain(bench: Bench) -> None:
-    count = round(4000 * bench.seconds)
+    count = round(DRAIN_JOBS * bench.seconds)
     async with ours(bench) as (side, pool):
-        started = time.perf_counter()
+        begun = bench.begin()
         await side.submit(count)
-        bench.add("ours, submit only", count, time.perf_counter() - started)
+        bench.add("ours, submit only", count, begun)
         await pool.execute("VACUUM ANALYZE")
-        started = time.perf_counter()
+        begun = bench.begin()
         await asyncio.gather(*(side.drain(count) for _ in range(DRAINERS)))
-        bench.add(f"ours, drain, {DRAINERS} x {DRAINED}", count, time.perf_counter() - started)
+        bench.add(f"ours, drain, {DRAINERS} x {DRAINED}", count, begun)
         await side.check(pool, count)
 
 
@@ -204,7 +238,8 @@ async def bare_commits(bench: Bench) -> None:
     result = await asyncio.to_thread(
         subprocess.run, [str(c) for c in command], capture_output=True, text=True, check=True
     )
-    bench.add("bare one-row commits", float(re.search(r"tps = ([\d.]+)", result.stdout)[1]), 1)  # type: ignore[index]
+    rate = float(re.search(r"tps = ([\d.]+)", result.stdout)[1])  # type: ignore[index]
+    bench.rates.setdefault("bare one-row commits", []).append(rate)
 
 
 # --- the peers ---
@@ -248,21 +283,21 @@ async def pgqueuer(bench: Bench, name: str, count: int, managers: int, batch: in
             while finished < count:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
             await until_empty(url, "SELECT count(*) FROM pgqueuer")
-            ended.append(time.perf_counter())
+            ended.append(bench.end())
             for side in sides:
                 side.shutdown.set()
 
         await asyncio.gather(watch(), *(side.run(batch_size=batch) for side in sides))
 
-    ended: list[float] = []
+    ended: list[Turn] = []
     if drain:
         for first in range(0, count, 1000):
             size = min(1000, count - first)
             await queries[0].enqueue(["noop"] * size, [body] * size, [0] * size)
         await connections[0].execute("VACUUM ANALYZE")
-    started = time.perf_counter()
+    begun = bench.begin()
     await asyncio.gather(work(), *([] if drain else [submit()]))
-    bench.add(name, count, ended[0] - started)
+    bench.add(name, count, begun, ended[0])
     for connection in connections:
         await connection.close()
 
@@ -288,7 +323,7 @@ async def procrastinate(bench: Bench, name: str, count: int, concurrency: int) -
         async def one(_task: int, _n: int) -> None:
             await noop.defer_async(**PAYLOAD)
 
-        started = time.perf_counter()
+        begun = bench.begin()
         running = asyncio.create_task(
             worker.run_worker_async(
                 queues=["noop"], concurrency=concurrency, fetch_job_polling_interval=0.05, install_signal_handlers=False
@@ -296,7 +331,7 @@ async def procrastinate(bench: Bench, name: str, count: int, concurrency: int) -
         )
         await share(count, SUBMITTERS, one)
         await until_empty(url, "SELECT count(*) FROM procrastinate_jobs WHERE status IN ('todo', 'doing')")
-        bench.add(name, count, time.perf_counter() - started)
+        bench.add(name, count, begun)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
 
@@ -372,15 +407,14 @@ def report(bench: Bench, waits: list[float], claims: tuple[float, float], rounds
     print("| jobs per second | median | lowest | highest |\n|---|---|---|---|")
     for name, rates in sorted(bench.rates.items()):
         print(f"| {name} | {statistics.median(rates):,.0f} | {min(rates):,.0f} | {max(rates):,.0f} |")
-    end_to_end = bench.median("ours, end to end")
-    peer = max(bench.median(name) for name in bench.rates if name.startswith("pgqueuer, end to end"))
-    drain = max(bench.median(name) for name in bench.rates if name.startswith("pgqueuer, drain"))
+    ends = bench.rates["ours, end to end"]
+    drain = f"ours, drain, {DRAINERS} x {DRAINED}"
     waits = sorted(waits)
     rows = [
-        ("end to end: ours / best pgqueuer", end_to_end / peer, "at least 3"),
-        ("end to end: ours / procrastinate", end_to_end / bench.median("procrastinate, end to end"), ""),
-        ("end to end: ours / bare one-row commits", end_to_end / bench.median("bare one-row commits"), "at least 0.35"),
-        ("drain: ours / best pgqueuer", bench.median(f"ours, drain, {DRAINERS} x {DRAINED}") / drain, "at least 2"),
+        ("end to end: ours / best pgqueuer", bench.ratio(ends, "pgqueuer, end to end"), "at least 3"),
+        ("end to end: ours / procrastinate", bench.ratio(ends, "procrastinate"), ""),
+        ("end to end: ours / bare one-row commits", bench.ratio(ends, "bare"), "at least 0.35"),
+        ("drain: ours / best pgqueuer", bench.ratio(bench.rates[drain], "pgqueuer, drain"), "at least 2"),
         ("idle, submit to claimed, ms, p50", waits[len(waits) // 2], "below 5"),
         ("idle, submit to claimed, ms, p99", waits[int(len(waits) * 0.99)], "below 25"),
         ("claim with a past / claim in an empty database", claims[1] / claims[0], "at most 1.5"),
@@ -389,6 +423,17 @@ def report(bench: Bench, waits: list[float], claims: tuple[float, float], rounds
     for name, value, bar in rows:
         print(f"| {name} | {value:.2f} | {bar} |")
     print(f"\nMedian claim: {claims[0]:.2f} ms in an empty database, {claims[1]:.2f} ms with a past.")
+
+
+def report_cpu(bench: Bench) -> None:
+    """What a job costs: medians of the turns. It tells what the machine allows when nothing else runs on it."""
+    cores = os.cpu_count() or 1
+    print(f"\n| processor µs per job | here | in Postgres | both | {cores} processors allow, per second |")
+    print("|---|---|---|---|---|")
+    for name, spent in sorted(bench.cpu.items()):
+        here, postgres = (statistics.median(column) for column in zip(*spent, strict=True))
+        both = here + postgres
+        print(f"| {name} | {here:.0f} | {postgres:.0f} | {both:.0f} | {cores * 1e6 / both:,.0f} |")
 
 
 async def run(rounds: int, seconds: float, only: str) -> None:
@@ -411,7 +456,7 @@ async def run(rounds: int, seconds: float, only: str) -> None:
                 "procrastinate": lambda: procrastinate(bench, "procrastinate, end to end", round(200 * seconds), 5),
                 "ours drain": lambda: ours_drain(bench),
                 "pgqueuer drain": lambda: pgqueuer(
-                    bench, "pgqueuer, drain, 2 x 200", round(6000 * seconds), 2, 200, drain=True
+                    bench, "pgqueuer, drain, 2 x 200", round(DRAIN_JOBS * seconds), 2, 200, drain=True
                 ),
             }
             for number in range(rounds):
@@ -424,6 +469,7 @@ async def run(rounds: int, seconds: float, only: str) -> None:
                 )
             if not only:
                 report(bench, await latency(bench), await claim_times(bench), rounds)
+            report_cpu(bench)
         finally:
             embedded.stop(data)
 

@@ -221,6 +221,9 @@ async def _freeze(url: str, partial: Path) -> _Point:
                 async with sql.files_cursor(connection) as rows:
                     async for row in rows:
                         wanted.write(json.dumps(list(row)) + "\n")
+                if await sql.has_uploads(connection):
+                    async for row in sql.uploads(connection):
+                        wanted.write(json.dumps(list(row)) + "\n")
     return _Point(taken_at, major, program.major, migrations, counts, archives)
 
 

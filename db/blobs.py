@@ -169,6 +169,27 @@ class BlobStore:
         store, path = self._find(bucket, key)
         return await self._run(lambda: bytes(store.get(path).bytes()))
 
+    async def copy(self, bucket: str, key: str, to_bucket: str, to_key: str) -> BlobInfo:
+        """Copy a blob to a new name, inside of the store where that is one; its ending stays the same.
+
+        The copy is a file of its own, as durable and as new as one that was put, and is there with the size of its
+        source when this returns. Raises InvalidBlobName, BlobNotFound, StorageUnavailable.
+        """
+        (store, path), (to_store, to_path) = self._find(bucket, key), self._find(to_bucket, to_key)
+        if content_type_of(key) != content_type_of(to_key):
+            raise InvalidBlobName("a copy has the type of its source")
+        size = (await self.head(bucket, key)).size
+        # a folder's own copy is a second name of the same file, with its age: the sweep would take it for an old one
+        if store is to_store and not isinstance(store, LocalStore):
+            await self._run(lambda: store.copy(path, to_path))
+        else:
+            await self.put(to_bucket, to_key, await self.get(bucket, key), content_type_of(key))
+        copied = await self.head(to_bucket, to_key)
+        if copied.size != size:
+            await self.delete(to_bucket, [to_key])
+            raise StorageUnavailable(f"a copy has {copied.size} bytes, its source {size}")
+        return copied
+
     async def stream(self, bucket: str, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
         """The bytes `start` to `end` (exclusive; None: to the last) in chunks of about 1 MiB.
 

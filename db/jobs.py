@@ -1,6 +1,8 @@
 """The job: what it is, what its states mean, how it is accepted and read. Read this file first.
 
-A job is one row of `jobs` for ever and, while it is open, one row of `job_queue`. Its status moves like this:
+A job is one row of `jobs` for ever and, while it is open, one row of `job_queue`. A claim writes the queue's row alone;
+`jobs` is written at the acceptance and at the end of each run, and the view `current_jobs` puts the two together: read
+that one. Its status moves like this:
 
     queued ── claim ──> processing ── settle ──> completed | failed | cancelled
       ^                     |
@@ -38,7 +40,7 @@ MAX_ACCEPTED = 100  # a statement's worth: what comes meanwhile waits for it
 
 
 class Status(StrEnum):
-    """`jobs.status`; the transitions are in the module's docstring."""
+    """`current_jobs.status`; the transitions are in the module's docstring."""
 
     QUEUED = "queued"
     PROCESSING = "processing"
@@ -97,6 +99,9 @@ class NewJob:
     start_after_seconds: float | None = None
     start_deadline_seconds: float | None = None
     deadline_seconds: float | None = None
+    batch_size: int | None = None  # images at a time; None: all of them
+    shape: str | None = None  # jobs of one shape share forwards
+    loras: Sequence[str] = ()
 
     def to_row(self) -> dict[str, Any]:
         """The values as the `accept` statement names them."""
@@ -158,7 +163,7 @@ class Erased:
     job_id: UUID
     user_id: UUID
     keys: Sequence[str]
-    reference_key: str | None
+    reference_keys: Sequence[str]
 
 
 class Jobs:
@@ -227,6 +232,15 @@ class Jobs:
         value: str | None = await self._sql.provider(self._pool, job_id=job_id)
         return value
 
+    async def manifest(
+        self, connection: Connection | asyncpg.Pool, job_id: UUID, asset_index: int
+    ) -> Mapping[str, Any] | None:
+        """What a file of a job was made from and by; None where there is no such file, or it has no manifest."""
+        manifest: Mapping[str, Any] | None = await self._sql.manifest(
+            connection, job_id=job_id, asset_index=asset_index
+        )
+        return manifest
+
     async def list_page(
         self,
         connection: Connection,
@@ -269,10 +283,15 @@ class Jobs:
         seconds: float | None = await self._sql.run_seconds(self._pool, job_type=job_type)
         return seconds
 
-    async def retry(self, job_id: UUID, *, queue: str, cost: float) -> bool:
+    async def retry(
+        self, job_id: UUID, *, queue: str, cost: float, shape: str | None = None, loras: Sequence[str] = ()
+    ) -> bool:
         """Queue a failed or cancelled job again with a new budget and its deadlines counted from now. False when it is
         in no such state."""
-        return await self._sql.retry(self._pool, job_id=job_id, queue=queue, cost=cost) is not None
+        return (
+            await self._sql.retry(self._pool, job_id=job_id, queue=queue, cost=cost, shape=shape, loras=list(loras))
+            is not None
+        )
 
     async def erase(self, job_id: UUID, actor: UUID) -> Erased | None:
         """Delete an ended job and all its rows, callbacks that wait included, leaving one audit row of `actor`.
@@ -281,4 +300,4 @@ class Jobs:
         a file would be a lie.
         """
         row = await self._sql.erase(self._pool, job_id=job_id, actor=actor)
-        return None if row is None else Erased(row["id"], row["user_id"], row["keys"], row["reference_key"])
+        return None if row is None else Erased(row["id"], row["user_id"], row["keys"], row["reference_keys"])

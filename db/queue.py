@@ -5,185 +5,29 @@ nothing and says so, which is how a replica learns that it lost its lease.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
-from enum import StrEnum
-from typing import Any, Self
+from typing import Any
 from uuid import UUID
 
 import asyncpg
 
 from db.jobs import Status
+from db.moves import CancelReason as CancelReason
+from db.moves import Claim as Claim
+from db.moves import Depth as Depth
+from db.moves import Expired as Expired
+from db.moves import Fit as Fit
+from db.moves import NewAsset as NewAsset
+from db.moves import Overdue as Overdue
+from db.moves import Renewal as Renewal
+from db.moves import Requeue as Requeue
+from db.moves import Settled as Settled
+from db.moves import Settlement as Settlement
 from db.pool import Connection, queries
 
 LEASE_SECONDS = 30.0
+FIT_WINDOW_SECONDS = 10.0  # of fair share that a job may come before its turn by
+FIT_LOOK = 8  # waiting jobs that are looked at for each free slot
 RENEW_SECONDS = 5.0
-
-
-class CancelReason(StrEnum):
-    """Why a running job is to stop: somebody asked, or its deadline passed."""
-
-    USER = "user"
-    DEADLINE = "deadline"
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A job in a replica's hands. `attempt` is the fencing token of everything the replica will write."""
-
-    job: Mapping[str, Any]
-    attempt: int
-    failures: int
-    max_attempts: int
-    batch_size: int | None = None  # images at a time, since a larger batch ran out of memory
-    moved_for_memory: bool = False  # it ran out of memory even so, and was sent to another replica once
-    outage_seconds: float | None = None  # since when the object store has kept it from its end
-
-    @property
-    def job_id(self) -> UUID:
-        """The job's id."""
-        job_id: UUID = self.job["id"]
-        return job_id
-
-    @classmethod
-    def from_row(cls, row: asyncpg.Record) -> Self:
-        """The claim from a row of the `claim` statement."""
-        return cls(
-            dict(row),
-            row["attempts"],
-            row["budget_used"],
-            row["max_attempts"],
-            row["batch_size"],
-            row["moved_for_memory"],
-            row["outage_seconds"],
-        )
-
-
-@dataclass(frozen=True)
-class Renewal:
-    """What a replica says of one running job when it renews its lease."""
-
-    job_id: UUID
-    attempt: int
-    phase: str
-    step: int | None = None
-    steps: int | None = None
-    preview: tuple[int, int] | None = None  # the step that the latest preview shows, and of how many
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewAsset:
-    """A stored file that the finishing transaction makes known. Sizes are in pixels and bytes, as decoded."""
-
-    id: UUID
-    asset_index: int
-    asset_type: str
-    key: str
-    thumbnail_key: str | None
-    mime_type: str
-    file_size_bytes: int
-    width: int
-    height: int
-    frames: int | None
-    fps: float | None
-    duration_seconds: float | None
-    seed: int | None
-    model_used: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settlement:
-    """The end of a job. With `attempt` it ends a running job under that attempt only; without, a waiting one."""
-
-    job_id: UUID
-    status: Status
-    attempt: int | None = None
-    expired: bool = False  # only if the lease has run out
-    counts: bool = False  # a failure against max_attempts
-    error_code: str | None = None
-    error_message: str | None = None
-    retryable: bool | None = None
-    settings: Mapping[str, Any] | None = None
-    generation_time_ms: int | None = None
-    worker: UUID | None = None
-    assets: Sequence[NewAsset] = ()
-    callback_assets: Sequence[Mapping[str, Any]] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_row(self) -> dict[str, Any]:
-        """The values as the `settle` statement names them."""
-        return vars(self) | {"assets": [vars(asset) for asset in self.assets]}
-
-
-@dataclass(frozen=True)
-class Settled:
-    """A job that ended now, and whether somebody is to be called about it."""
-
-    job_id: UUID
-    status: Status
-    calls_back: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Requeue:
-    """A running job that goes back to a queue: `kind` is the event that says why."""
-
-    job_id: UUID
-    attempt: int
-    kind: str = "requeued"
-    expired: bool = False
-    counts: bool = False
-    delay_seconds: float = 0.0
-    error_code: str | None = None
-    error_message: str | None = None
-    queue: str | None = None  # None: the one it came from
-    cost: float | None = None
-    stage: str | None = None
-    enhanced_prompt: str | None = None
-    enhancement: Mapping[str, Any] | None = None
-    enhancement_strategy: str | None = None
-    enhancement_time_ms: int | None = None
-    template_name: str | None = None
-    expansion: float | None = None
-    batch_size: int | None = None  # the most images at a time from now on
-    avoid_worker: UUID | None = None  # which is not to take it again before `avoid_seconds` have passed
-    avoid_seconds: float | None = None
-    outage: bool = False  # the object store was away: counts nothing, and since when is kept
-
-
-@dataclass(frozen=True)
-class Expired:
-    """A running job whose replica has not renewed its lease in time."""
-
-    job_id: UUID
-    attempt: int
-    failures: int
-    max_attempts: int
-    cancel: str | None
-    queue: str
-    worker: UUID
-
-
-@dataclass(frozen=True)
-class Overdue:
-    """An open job past a deadline."""
-
-    job_id: UUID
-    state: str
-    attempt: int
-    error_code: str
-
-
-@dataclass(frozen=True)
-class Depth:
-    """What is open in one queue and state. `cost_seconds` is the predicted work."""
-
-    queue: str
-    state: str
-    jobs: int
-    oldest: datetime
-    cost_seconds: float
 
 
 class Queue:
@@ -193,10 +37,36 @@ class Queue:
         self._pool = pool
         self._sql = queries("queue")
 
-    async def claim(self, queue: str, worker: UUID, slots: int, lease_seconds: float = LEASE_SECONDS) -> list[Claim]:
-        """Take up to `slots` waiting jobs of a queue, in its order. Never ask for more than are free."""
-        rows = self._sql.claim(self._pool, queue=queue, slots=slots, worker=worker, lease_seconds=lease_seconds)
+    async def claim(
+        self,
+        queue: str,
+        worker: UUID,
+        slots: int,
+        lease_seconds: float = LEASE_SECONDS,
+        fit: Fit | None = None,
+    ) -> list[Claim]:
+        """Take up to `slots` waiting jobs of a queue, in its order, but for those that `fit` lets come before.
+
+        Never ask for more than are free.
+        """
+        chosen = await self._fitting(queue, worker, slots, fit) if fit is not None and fit.shapes else []
+        rows = self._sql.claim(
+            self._pool, queue=queue, slots=slots, worker=worker, lease_seconds=lease_seconds, chosen=chosen
+        )
         return [Claim.from_row(row) async for row in rows]
+
+    async def _fitting(self, queue: str, worker: UUID, slots: int, fit: Fit) -> list[UUID]:
+        rows = self._sql.fitting(
+            self._pool,
+            queue=queue,
+            slots=slots,
+            worker=worker,
+            shapes=list(fit.shapes),
+            loras=list(fit.loras),
+            window=FIT_WINDOW_SECONDS,
+            look=FIT_LOOK * slots,
+        )
+        return [row["job_id"] async for row in rows]
 
     async def renew(
         self, worker: UUID, renewals: Sequence[Renewal], lease_seconds: float = LEASE_SECONDS
@@ -225,9 +95,18 @@ class Queue:
     ) -> list[Settled | None]:
         """The same, with an answer for each in their order: None where nothing ended."""
         answer: list[Settled | None] = [None] * len(settlements)
-        rows = [given(s.to_row(), n) for n, s in enumerate(settlements)]
-        async for row in self._sql.settle(connection or self._pool, rows=rows):
-            answer[row["n"]] = Settled(row["job_id"], Status(row["status"]), row["calls_back"])
+        rows = self._sql.settle(
+            connection or self._pool,
+            job_ids=[s.job_id for s in settlements],
+            attempts=[s.attempt for s in settlements],
+            statuses=[s.status for s in settlements],
+            times=[s.generation_time_ms for s in settlements],
+            workers=[s.worker for s in settlements],
+            details=[s.details for s in settlements],
+        )
+        async for row in rows:
+            ended = settlements[row["n"] - 1]
+            answer[row["n"] - 1] = Settled(ended.job_id, ended.status, row["calls_back"])
         return answer
 
     async def requeue(self, requeues: Sequence[Requeue]) -> dict[UUID, str]:
@@ -302,6 +181,10 @@ class Queue:
         pairs = list(attempts)
         rows = self._sql.running_attempts(self._pool, job_ids=[p[0] for p in pairs], attempts=[p[1] for p in pairs])
         return {(row["job_id"], row["attempt"]) async for row in rows}
+
+    async def open_jobs(self, job_ids: set[UUID]) -> set[UUID]:
+        """Of these jobs, those that have not ended."""
+        return {row["job_id"] async for row in self._sql.open_jobs(self._pool, job_ids=list(job_ids))}
 
     async def known_jobs(self, job_ids: set[UUID]) -> set[UUID]:
         """Of these jobs, those that exist."""

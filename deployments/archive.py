@@ -231,15 +231,16 @@ def _rows(packed: bytes) -> Iterator[dict[str, str]]:
 
 
 def _files_of(parts: Mapping[str, tuple[bytes, int]]) -> Iterator[_File]:
-    """The files that belong to the jobs of an archive: results, thumbnails, and the reference of each."""
+    """The files that belong to the jobs of an archive: results, thumbnails, and the reference of each with its mask."""
     for row in _rows(parts["assets.csv.gz"][0]):
         for key in filter(None, (row["temp_storage_path"], row["thumbnail_path"])):
             yield _File(UUID(row["job_id"]), BUCKET, key)
     for row in _rows(parts["jobs.csv.gz"][0]):
         reference = json.loads(row["params"]).get("reference") or {}
-        # an image of the job's own; one that belongs to somebody else is none of its files
-        if reference.get("bucket") == REFERENCE_BUCKET and row["id"] in str(reference.get("key")):
-            yield _File(UUID(row["id"]), REFERENCE_BUCKET, reference["key"])
+        for image in (reference, reference.get("mask") or {}):
+            # an image of the job's own; one that belongs to somebody else is none of its files
+            if image.get("bucket") == REFERENCE_BUCKET and row["id"] in str(image.get("key")):
+                yield _File(UUID(row["id"]), REFERENCE_BUCKET, image["key"])
 
 
 def _list(files: Sequence[_File]) -> bytes:

@@ -17,7 +17,7 @@ TARGET_SECONDS = 30.0
 class QueueDepthPolicy:
     """Replicas wanted = enough to hold what runs and to start what waits within `target_seconds` of predicted work.
 
-    Never fewer than the jobs that run, because Serve may pick a busy replica to stop. Until the first reading, and
+    Never fewer than those that hold jobs, because Serve may pick a busy replica to stop. Until the first reading, and
     while Postgres is away, it keeps what is there. `args` are the application's, which say where Postgres is; the
     environment of the head node overrules them, as everywhere.
     """
@@ -57,14 +57,14 @@ class QueueDepthPolicy:
                 row = await queries("queue").work(connection, queue=self.queue)
             finally:
                 await connection.close(timeout=2)
-            self._wanted = replicas_for(row["ready"], row["running"], row["ready_seconds"], self.target_seconds)
+            self._wanted = replicas_for(row["ready"], row["busy"], row["ready_seconds"], self.target_seconds)
         except Exception:
             self._wanted = None  # unknown is not zero
 
 
-def replicas_for(ready: int, running: int, ready_seconds: float, target_seconds: float) -> int:
-    """Replicas for that much work: those that are busy, and one for every `target_seconds` that wait.
+def replicas_for(ready: int, busy: int, ready_seconds: float, target_seconds: float) -> int:
+    """Replicas for that much work: the `busy` ones that hold jobs, and one for every `target_seconds` that wait.
 
     Never more than there are jobs: an idle replica helps none.
     """
-    return min(ready + running, running + math.ceil(ready_seconds / target_seconds))
+    return min(ready + busy, busy + math.ceil(ready_seconds / target_seconds))

@@ -9,8 +9,6 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
@@ -19,80 +17,22 @@ import structlog
 
 from db.jobs import Status
 from db.pool import CONNECTION_FAULTS, DATABASE_FAULTS
-from db.queue import Claim, Queue, Renewal, Requeue, Settlement
+from db.queue import Claim, Fit, Queue, Renewal, Requeue, Settlement
+from deployments.held import Held, StopReason
 
 log = structlog.get_logger()
 
-# How long a phase may go without a sign of progress before its lease is no longer renewed, in seconds.
-# `denoise` counts from step to step; the others from their beginning.
-PHASE_ALLOWANCE = {"waiting": 3600.0, "encode": 300.0, "denoise": 300.0, "decode": 600.0, "encode_media": 300.0}
-DEFAULT_ALLOWANCE = 300.0
 STOP_ALLOWANCE = 120.0  # for a step or a decode that can't be interrupted, after the lease is lost
 REFUSED_ALLOWANCE = 60.0  # of claims that Postgres answers with an error, before the replica counts as ill
 HAND_BACK_SECONDS = 3.0  # for a draining job to stop at its next step, before it is handed back regardless
 PROGRESS_SECONDS = 0.5  # progress goes out at most twice a second
-
-
-class StopReason(StrEnum):
-    """Why a job in our hands must stop."""
-
-    USER = "user"  # somebody cancelled it
-    DEADLINE = "deadline"  # its total deadline passed
-    LOST = "lost"  # the lease is somebody else's now
-    DRAIN = "drain"  # this replica is going away
-
-
-@dataclass
-class Held:
-    """A job in this replica's hands. `report` is called by the work, `stop` by the loop."""
-
-    claim: Claim
-    phase: str = "waiting"
-    step: int | None = None
-    steps: int | None = None
-    activity: int = 0
-    stop_reason: StopReason | None = None
-    lost_at: float | None = None
-    on_stop: Callable[[], None] | None = None
-    settling: bool = False  # the end is being written: that the job is missing then proves nothing
-    # on this process' own clock: when the lease ends at the latest, and when the work last showed progress
-    lease_ends: float = field(default_factory=time.monotonic)
-    advanced: float = field(default_factory=time.monotonic)
-    preview: tuple[int, int] | None = None  # the latest preview that can be seen: its step, and of how many
-    reported: tuple[object, ...] | None = None
-
-    def report(
-        self, phase: str, step: int | None = None, steps: int | None = None, activity: int | None = None
-    ) -> None:
-        """The work is in this phase, at this step. Any change, of `activity` too, counts as progress."""
-        before = (self.phase, self.step, self.activity)
-        self.phase, self.step, self.steps = phase, step, steps
-        if activity is not None:
-            self.activity = activity
-        if (self.phase, self.step, self.activity) != before:
-            self.advanced = time.monotonic()
-
-    def stop(self, reason: StopReason) -> None:
-        """Make the work stop at its next step. The first reason stands, but a lost lease overrules all."""
-        if self.stop_reason is None or reason is StopReason.LOST:
-            self.stop_reason = reason
-        if self.on_stop is not None:
-            self.on_stop()
-
-    @property
-    def news(self) -> tuple[object, ...]:
-        """What watchers of the job are to learn."""
-        return self.phase, self.step, self.preview
-
-    @property
-    def stalled(self) -> bool:
-        """Whether the work has shown no progress for longer than its phase allows."""
-        return time.monotonic() - self.advanced > PHASE_ALLOWANCE.get(self.phase, DEFAULT_ALLOWANCE)
+HELD_PER_SLOT = 2  # jobs at most, with those that have left their slot: finished work must not pile up
 
 
 class ClaimLoop:
     """Claims for the free slots of one replica and runs `work` on every job.
 
+    A slot is free again when its job has left it or ended, but no more than twice as many jobs as slots are held.
     `work` must end every job that it gets (settle it or put it back) and must return soon after `held.stop_reason`
     is set. `wake` sets the loop going at once; without it the queue is polled.
     """
@@ -111,11 +51,12 @@ class ClaimLoop:
         on_news: Callable[[UUID], None] = lambda job_id: None,
         on_lost: Callable[[], None] = lambda: None,
         may_claim: Callable[[], bool] = lambda: True,
+        fit: Callable[[], Fit | None] = lambda: None,
     ) -> None:
         self._queue, self._name, self._worker, self._work = queue, name, worker, work
         self._slots = slots
         self._lease, self._renew, self._poll = lease_seconds, renew_seconds, poll_seconds
-        self._on_news, self._on_lost, self._may_claim = on_news, on_lost, may_claim
+        self._on_news, self._on_lost, self._may_claim, self._fit = on_news, on_lost, may_claim, fit
         self._wake = asyncio.Event()
         self._claiming = True
         self._tasks: dict[asyncio.Task[None], Held] = {}
@@ -139,6 +80,11 @@ class ClaimLoop:
     def running(self) -> int:
         """How many jobs are in our hands."""
         return len(self._tasks)
+
+    @property
+    def _free_slots(self) -> int:
+        in_slots = sum(held.in_slot for held in self._tasks.values())
+        return min(self._slots - in_slots, HELD_PER_SLOT * self._slots - len(self._tasks))
 
     def wake(self) -> None:
         """Look for work now."""
@@ -193,13 +139,13 @@ class ClaimLoop:
     async def _claim_forever(self) -> None:
         while self._claiming:
             self._wake.clear()
-            free = self._slots - len(self._tasks)
+            free = self._free_slots
             claims: list[Claim] = []
             if free > 0 and self._may_claim():
                 started = time.monotonic()
                 try:
                     await self._give_back_unheard()
-                    claims = await self._queue.claim(self._name, self._worker, free, self._lease)
+                    claims = await self._queue.claim(self._name, self._worker, free, self._lease, self._fit())
                     self._refused_since = None
                 except CONNECTION_FAULTS as error:
                     self._unheard = True
@@ -208,7 +154,7 @@ class ClaimLoop:
                     log.error("claim_refused", queue=self._name, error=type(error).__name__)
                     self._refused_since = self._refused_since or started
                 for claim in claims:
-                    self._begin(Held(claim, lease_ends=started + self._lease))
+                    self._begin(Held(claim, lease_ends=started + self._lease, on_leave=self.wake))
             if len(claims) == free and free > 0:
                 continue  # there may be more for the slots that are free by now
             try:

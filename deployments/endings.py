@@ -22,7 +22,8 @@ from db.batches import GATHER_SECONDS, Batcher
 from db.jobs import Jobs, Stage, Status
 from db.pool import CONNECTION_FAULTS
 from db.queue import Claim, Queue, Requeue, Settlement
-from deployments.claims import Held, StopReason, backoff, jittered
+from deployments.claims import backoff, jittered
+from deployments.held import Held, StopReason
 from deployments.storing import StorageFailed
 from models.engine import GenerationError, OutOfMemory
 

@@ -1,13 +1,16 @@
-"""The language model's replica: it enhances queued jobs as one durable stage, and single prompts at once by handle.
+"""The language model's replica: it enhances queued jobs as one durable stage; single prompts and chats by handle.
 
-It serves without its model too, by rules, and says so: a model that can't be loaded must not hold up every job that
-wants a better prompt. It goes on trying to load it.
+All of them are in one batch of one model. Half of its places are for jobs, and whoever calls by handle goes before jobs
+that wait. It serves without its model too, by rules, and says so: a model that can't be loaded must not hold up every
+job that wants a better prompt. It goes on trying to load it. A chat has no rules to fall back on, and fails then.
 """
 
 import asyncio
-import threading
 import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, cast
 from uuid import UUID, uuid4
 
@@ -19,22 +22,26 @@ from db.pool import CONNECTION_FAULTS, WORKER_ROLE, open_pool
 from db.prompts import Prompts
 from db.queue import Queue, Requeue
 from db.workers import Workers
-from deployments.claims import ClaimLoop, Held
+from deployments.claims import ClaimLoop
 from deployments.endings import Endings, Outcome
+from deployments.held import Held
 from deployments.metrics import Metrics
 from deployments.prompting import templates_of
 from deployments.settings import Settings
 from models.catalog import Family, Format, JobType, Quality, resolve
-from models.engine import GenerationError
 from models.enhancement import Enhancement, enhance
+from models.generation import GenerationError, ModelLoadFailed
+from models.language import Answer, Completion, LanguageBackend, Message, Priority, Sampling, language_backend
 from models.params import ContentMode
-from models.policy import ContentRejected
+from models.policy import ContentRejected, check_prompt
 from models.profile import resolve_weights
 from models.prompts import NoTemplate, TokenCounter, builtin_templates, select_template
 
 log = structlog.get_logger()
 
 RELOAD_SECONDS = 60.0
+WITHOUT_MODEL_SLOTS = 8  # rules take no time; what counts is the way to Postgres and back
+CALLS = 64  # enhancements by handle that are under way at a time; each blocks a thread while the model writes
 QUEUE = Family.QWEN.value
 
 
@@ -66,13 +73,16 @@ class PolicyRefused(GenerationError):
 
 
 class Enhancer:
-    """One language model, one claim loop. No Ray in it."""
+    """One language model, one claim loop. No Ray in it. `slots` jobs are worked on at a time."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings, self.metrics = settings, metrics
         self.worker: UUID = uuid4()
-        self.model: Any = None
+        self.model: LanguageBackend | None = None
         self.load_error: str | None = None
+        spec = settings.loaded_profile.models.get(Family.QWEN)
+        self.slots = max(1, spec.sequences // 2) if spec is not None else WITHOUT_MODEL_SLOTS
+        self._threads = ThreadPoolExecutor(self.slots + CALLS, thread_name_prefix="enhance")
         self._loop: ClaimLoop | None = None
         self._counters: dict[Family, TokenCounter] = {}
         self._counters_lock = asyncio.Lock()
@@ -94,12 +104,13 @@ class Enhancer:
             QUEUE,
             self.worker,
             self._work,
-            slots=1,
+            slots=self.slots,
             lease_seconds=settings.lease_seconds,
             renew_seconds=settings.renew_seconds,
             poll_seconds=settings.poll_seconds,
             on_news=self._notifier.job,
             on_lost=lambda: self.metrics.lease_lost(QUEUE),
+            may_claim=lambda: self.model is None or self.model.broken is None,
         )
         self._listener = Listener(url, QUEUE_CHANNEL, self._heard, role=WORKER_ROLE)
         self._listener.start()
@@ -107,7 +118,10 @@ class Enhancer:
         self._life = asyncio.create_task(self._live())
 
     def health(self) -> str | None:
-        """What is wrong beyond repair, or None. A model that is away is not: rules stand in."""
+        """What is wrong beyond repair, or None. A model that is away is not: rules stand in. A device whose context is
+        lost is: only a new process gets it back."""
+        if self.model is not None and self.model.broken is not None:
+            return self.model.broken
         return self._loop.fault if self._loop else "not started"
 
     async def stop(self, seconds: float) -> None:
@@ -119,12 +133,36 @@ class Enhancer:
         self._life.cancel()
         await self._listener.close()
         await self._notifier.close()
+        if self.model is not None:
+            await asyncio.to_thread(self.model.close)
+        self._threads.shutdown(wait=False, cancel_futures=True)
         await self._workers.enter(self.worker, QUEUE, "stopped")
         await self._pool.close()
 
     async def enhance(self, request: EnhanceRequest) -> Enhancement:
-        """Enhance one prompt. Raises `ContentRejected`, `NoTemplate`."""
-        return await self._enhance(request, should_stop=lambda: False)
+        """Enhance one prompt, before all jobs that wait. Raises `ContentRejected`, `NoTemplate`."""
+        return await self._enhance(request, "chat", lambda answer: None)
+
+    async def chat(
+        self, messages: Sequence[Message], sampling: Sampling, content_mode: ContentMode = "sfw"
+    ) -> AsyncIterator[str | Completion]:
+        """An answer in pieces as they are written, and at last its `Completion`. Who stops reading cancels it.
+
+        What users say is held against the content policy; what the model says is not. Raises `ContentRejected`,
+        `InvalidInput`, `LanguageModelBusy` with a time to come back, `ModelLoadFailed` while the model is away.
+        """
+        for message in messages:
+            if message.role == "user":
+                check_prompt(message.content, content_mode)
+        if self.model is None:
+            raise ModelLoadFailed(self.load_error or "the language model is not loaded")
+        answer = self.model.submit(messages, sampling, "chat")
+        try:
+            async for piece in answer:
+                yield piece
+            yield await answer.result()
+        finally:
+            answer.cancel()
 
     async def _load(self) -> None:
         spec = self.settings.loaded_profile.models.get(Family.QWEN)
@@ -132,18 +170,18 @@ class Enhancer:
             self.load_error = "the profile has no language model"
             await self._workers.enter(self.worker, QUEUE, "ready", error=self.load_error)
             return
-        from models.qwen import Qwen
-
         await self._workers.enter(self.worker, QUEUE, "loading", model_name=spec.model_name)
-        started = time.monotonic()
+        started, model = time.monotonic(), None
         try:
             weights = await asyncio.to_thread(resolve_weights, spec, self.settings.state_dir / "weights")
-            model = Qwen(spec, weights)
+            model = language_backend(spec, weights)
             await asyncio.to_thread(model.load)
             await asyncio.to_thread(model.warm_up)
         except GenerationError as error:
             self.load_error = f"{error.code}: {error.message}"
             log.error("model_load_failed", model=spec.model_name, reason=self.load_error)
+            if model is not None:
+                await asyncio.to_thread(model.close)
             await self._workers.enter(self.worker, QUEUE, "failed", error=self.load_error)
             return
         self.model, self.load_error = model, None
@@ -189,17 +227,13 @@ class Enhancer:
             log.info("stage_ended", job_id=str(claim.job_id), attempt=claim.attempt, outcome=outcome)
 
     async def _enhance_job(self, held: Held, job_type: JobType) -> Enhancement:
-        job, stop = held.claim.job, threading.Event()
-        held.on_stop = stop.set
-        if held.stop_reason is not None:
-            stop.set()
-        tokens = 0
+        job = held.claim.job
 
-        def should_stop() -> bool:
-            nonlocal tokens
-            tokens += 1
-            held.report("enhance", tokens, None, tokens)
-            return stop.is_set()
+        def watch(answer: Answer) -> None:
+            held.report("enhance", answer.new_tokens, None, answer.new_tokens)
+            held.on_stop = answer.cancel
+            if held.stop_reason is not None:
+                answer.cancel()
 
         held.report("enhance")
         request = EnhanceRequest(
@@ -212,13 +246,15 @@ class Enhancer:
             seed=int(job["params"]["seed"] or 0),
         )
         try:
-            return await self._enhance(request, should_stop)
+            return await self._enhance(request, "job", watch)
         except ContentRejected as error:
             raise PolicyRefused(error.message) from error
         except NoTemplate as error:
             raise TemplateMissing(str(error)) from error
 
-    async def _enhance(self, request: EnhanceRequest, should_stop: Any) -> Enhancement:
+    async def _enhance(
+        self, request: EnhanceRequest, priority: Priority, watch: Callable[[Answer], None]
+    ) -> Enhancement:
         family, quality = Family(request.family), Quality(request.quality)
         mode = cast(ContentMode, request.content_mode)
         templates = templates_of(await self._prompts.templates()) or list(builtin_templates())
@@ -226,7 +262,13 @@ class Enhancer:
         if misfit is not None:
             log.info("template_fell_back", template=template.name, misfit=misfit)
         counter = await self._counter(family)
-        result = await asyncio.to_thread(
+        begun: list[Answer] = []
+
+        def watch_and_keep(answer: Answer) -> None:
+            begun[:] = [answer]
+            watch(answer)
+
+        call = partial(
             enhance,
             request.prompt,
             template,
@@ -235,8 +277,15 @@ class Enhancer:
             mode,
             request.seed,
             quality=quality,
-            should_stop=should_stop,
+            priority=priority,
+            watch=watch_and_keep,
         )
+        try:
+            result = await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        except asyncio.CancelledError:  # the caller has left
+            for answer in begun:
+                answer.cancel()
+            raise
         self.metrics.enhanced(result.strategy, result.fallback_reason)
         return result
 

@@ -7,7 +7,7 @@ ingress, so that every replica of it says the same.
 from collections.abc import Mapping
 from typing import Any
 
-from ray.serve.metrics import Counter, Histogram
+from ray.serve.metrics import Counter, Gauge, Histogram
 
 # One ladder for all models, so that they add up; a service-level objective should be one of its edges.
 RUN_SECONDS = [0.5, 1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 300, 420, 600, 900]
@@ -44,6 +44,13 @@ class Metrics:
         self._callback = Histogram(
             "ourvidz_callback_seconds", "One delivery attempt.", boundaries=CALL_SECONDS, tag_keys=("outcome",)
         )
+        self._forwards = Counter("ourvidz_forwards_total", "Forwards of the denoiser.", ("model",))
+        self._rows = Counter(
+            "ourvidz_forward_rows_total", "Rows of these forwards; their mean is the batch that is reached.", ("model",)
+        )
+        self._busy = Counter("ourvidz_forward_seconds_total", "Time in these forwards.", ("model",))
+        self._loras = Counter("ourvidz_loras_total", "LoRAs by what happened: load, hit, eviction.", ("model", "event"))
+        self._lora_bytes = Gauge("ourvidz_lora_bytes", "What the loaded LoRAs take on the device.", ("model",))
         self._previews = Counter("ourvidz_previews_total", "Previews by outcome.", ("model", "outcome"))
         self._enhancements = Counter("ourvidz_enhancements_total", "Enhanced prompts.", ("strategy", "reason"))
 
@@ -62,6 +69,18 @@ class Metrics:
     def lease_lost(self, model: str) -> None:
         """A job was taken from us while we held it."""
         self._lost.inc(1, {"model": model})
+
+    def forwarded(self, model: str, forwards: int, rows: int, seconds: float) -> None:
+        """So many forwards since it was last said."""
+        self._forwards.inc(forwards, {"model": model})
+        self._rows.inc(rows, {"model": model})
+        self._busy.inc(seconds, {"model": model})
+
+    def loras(self, model: str, events: Mapping[str, int], loaded_bytes: int) -> None:
+        """What happened to LoRAs since it was last said, and what they take now."""
+        for event, count in events.items():
+            self._loras.inc(count, {"model": model, "event": event})
+        self._lora_bytes.set(loaded_bytes, {"model": model})
 
     def previewed(self, model: str, outcome: str) -> None:
         """A preview was shown, or could not be: then `outcome` is the code."""

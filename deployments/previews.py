@@ -12,7 +12,7 @@ from uuid import UUID
 import structlog
 
 from db.blobs import BlobStore, StorageUnavailable
-from deployments.claims import Held
+from deployments.held import Held
 from deployments.storing import BUCKET, attempt_prefix
 from models.preview import PreviewFailed, Snapshot, Snapshots, render
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from db.prompts import NegativeRow, TemplateRow
 from models.catalog import Family, Format, Quality
+from models.dialogue import builtin_chat_templates
 from models.negatives import NegativePreset, builtin_negatives
 from models.prompts import Template, builtin_templates
 
@@ -23,6 +24,18 @@ def template_rows() -> list[TemplateRow]:
             metadata={"max_new_tokens": template.max_new_tokens, "enhanced7b": template.enhanced7b},
         )
         for template in builtin_templates()
+    ] + [
+        TemplateRow(
+            use_case=template.use_case,
+            content_mode=template.content_mode,
+            template_name=template.name,
+            system_prompt=template.system_prompt,
+            token_limit=template.token_limit,
+            job_type="chat",
+            target_model=None,
+            quality=None,
+        )
+        for template in builtin_chat_templates()
     ]
 
 

@@ -4,23 +4,29 @@ import asyncio
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 import structlog
 
-from db.blobs import BlobNotFound, BlobStore, UrlSigner
+from db.blobs import BlobNotFound, BlobStore, StorageUnavailable, UrlSigner
+from db.costs import CostProfiles
 from db.jobs import Jobs, Status
 from db.notify import QUEUE_CHANNEL, Listener, Notifier
 from db.pool import WORKER_ROLE, open_pool
-from db.queue import NewAsset, Queue, Settlement
+from db.queue import Claim, Fit, NewAsset, Queue, Settlement
 from db.workers import Workers
-from deployments.claims import ClaimLoop, Held, StopReason
+from deployments.claims import ClaimLoop
 from deployments.endings import Endings, Outcome
+from deployments.gauges import EngineGauges
+from deployments.held import Held, StopReason
+from deployments.hosting import Host
+from deployments.loras import learn
 from deployments.metrics import Metrics
 from deployments.previews import Previews, cleaned
-from deployments.settings import Settings
-from deployments.storing import Storing, encode
+from deployments.settings import Settings, SettingsError
+from deployments.states import RunStates
+from deployments.storing import Marking, StorageFailed, Storing, encode
 from models.catalog import Family
 from models.engine import (
     Cancelled,
@@ -29,22 +35,28 @@ from models.engine import (
     GenerationError,
     GenerationFailed,
     GenerationRequest,
-    Model,
     Ticket,
 )
+from models.fingerprint import Fingerprint, Hashes, fingerprint
+from models.manifest import Origin
 from models.params import GenerationParams
-from models.profile import ModelSpec, resolve_weights
+from models.profile import ModelSpec
+from models.reference import StoredImage
 
 log = structlog.get_logger()
 
 WATCH_SECONDS = 0.1
+FINGERPRINT_SECONDS = 120.0  # that finished work waits for the hashes of the weights, well within the phase's allowance
 CLEAN_SECONDS = 2.0  # for previews that are being deleted; the sweep finds what is left
 
 
 class Replica:
-    """One model, one engine, one claim loop. No Ray in it: the Serve deployment around it is in `deployments.app`."""
+    """One model and its claim loop, on the engine of its host. No Ray in it: the Serve deployment around it is in
+    `deployments.serving`."""
 
-    def __init__(self, settings: Settings, family: str, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, family: str, metrics: Metrics, host: Host | None = None) -> None:
+        """Without a `host` the replica is alone on an engine of its own."""
+        self.host, self._alone = host or Host(settings, [family]), host is None
         self.settings, self.family, self.metrics = settings, family, metrics
         self.worker: UUID = uuid4()
         self.spec: ModelSpec = settings.loaded_profile.models[Family(family)]
@@ -52,7 +64,7 @@ class Replica:
         self._loop: ClaimLoop | None = None
 
     async def start(self) -> None:
-        """Load and warm the model, then claim. Raises `ModelLoadFailed`, `DatabaseUnavailable`."""
+        """Load and warm the model, then claim. Raises `ModelLoadFailed`, `DatabaseUnavailable`, `SettingsError`."""
         settings = self.settings
         url = await asyncio.to_thread(settings.postgres)
         self._pool = await open_pool(url, role=WORKER_ROLE, max_size=6, name=f"ourvidz {self.family}")
@@ -71,34 +83,48 @@ class Replica:
             self.family,
             self.worker,
             self._work,
-            slots=1,
+            slots=self.spec.slots,
             lease_seconds=settings.lease_seconds,
             renew_seconds=settings.renew_seconds,
             poll_seconds=settings.poll_seconds,
             on_news=self._notifier.job,
             on_lost=lambda: self.metrics.lease_lost(self.family),
             # what could not be stored had better not be made
+            fit=self._fit,
             may_claim=lambda: self.engine is not None and self.engine.alive and not self._storing.away,
         )
         self._listener = Listener(url, QUEUE_CHANNEL, self._heard, role=WORKER_ROLE)
         self._listener.start()
         self._loop.start()
-        self._life = [asyncio.create_task(self._sign_of_life()), asyncio.create_task(self._await_store())]
+        self._life: list[asyncio.Task[Any]] = [
+            asyncio.create_task(self._sign_of_life()),
+            asyncio.create_task(self._await_store()),
+            self._fingerprint,
+        ]
 
     async def _load(self) -> None:
         started = time.monotonic()
         await self._workers.enter(self.worker, self.family, "loading", model_name=self.spec.model_name)
-        weights = await asyncio.to_thread(resolve_weights, self.spec, self.settings.state_dir / "weights")
-        self.engine = Engine(make_model(self.spec, weights))
-        self.engine.start()
         try:
-            await self.engine.ready()
+            self._marking = await asyncio.to_thread(Marking.of, self.settings)
+        except SettingsError as error:
+            await self._workers.enter(self.worker, self.family, "failed", error=f"{error.code}: {error}")
+            raise
+        try:
+            self.engine = await self.host.engine()
         except GenerationError as error:
             await self._workers.enter(self.worker, self.family, "failed", error=f"{error.code}: {error.message}")
             raise
         seconds = time.monotonic() - started
         self.metrics.model_loaded(self.family, seconds)
-        model = self.engine.model
+        model = self.model = self.engine.models[self.spec.model_name]
+        weights = self.host.weights[self.spec.model_name]
+        costs = self.engine.costs[self.spec.model_name]
+        self._gauges = EngineGauges(self.family, costs, model, self.metrics)
+        await CostProfiles(self._pool).publish(self.family, self.spec.model_name, costs.document())
+        # beside the first jobs: gigabytes are read, once for each file
+        hashes = Hashes(self.settings.state_dir / "fingerprints.json")
+        self._fingerprint = asyncio.create_task(asyncio.to_thread(fingerprint, self.spec, weights, hashes))
         await self._workers.enter(
             self.worker,
             self.family,
@@ -107,6 +133,14 @@ class Replica:
             device=model.device,
             load_ms=round(seconds * 1000),
         )
+
+    def _fit(self) -> Fit | None:
+        """What shares the forwards of the jobs that run now, and loads no LoRA for it."""
+        if self.engine is None:
+            return None
+        shapes = ["x".join(map(str, shape)) for shape in self.engine.shapes(self.spec.model_name)]
+        adapters = getattr(self.model, "adapters", None)
+        return Fit(shapes, adapters.names_loaded if adapters is not None else ())
 
     def health(self) -> str | None:
         """What is wrong with this replica beyond repair, or None. Serve replaces an unhealthy one."""
@@ -125,9 +159,8 @@ class Replica:
         await asyncio.wait([asyncio.create_task(cleaned())], timeout=CLEAN_SECONDS)
         await self._listener.close()
         await self._notifier.close()
-        if self.engine is not None:
-            # a step or a decode that can't be interrupted ends with the process
-            await asyncio.to_thread(self.engine.close, 2.0)
+        if self._alone:
+            await self.host.close()
         await self._workers.enter(self.worker, self.family, "stopped")
         await self._pool.close()
 
@@ -139,6 +172,7 @@ class Replica:
         while True:
             await asyncio.sleep(self.settings.renew_seconds)
             try:
+                self._gauges.report()
                 await self._workers.seen(self.worker, self._loop.running if self._loop else 0)
             except Exception as error:
                 log.warning("sign_of_life_failed", error=type(error).__name__)
@@ -160,14 +194,16 @@ class Replica:
         started = time.monotonic()
         count = partial(self.metrics.previewed, self.family)
         previews = Previews(held, self.settings.preview_seconds, self._blobs, count)
+        states = RunStates(held, self.spec.state_steps, self._blobs)
         try:
-            generation, assets = await self._make(held, previews)
+            generation, assets = await self._make(held, previews, states)
             outcome = Outcome.COMPLETED if await self._finish(held, generation, assets) else Outcome.LOST
         except GenerationError as error:
             outcome = await self._endings.failed(held, error)
             self.metrics.job_failed(self.family, error.code, outcome)
         finally:
             previews.end()
+            await states.end(job_is_over=outcome in (Outcome.COMPLETED, Outcome.FAILED, Outcome.CANCELLED))
             if outcome not in (Outcome.COMPLETED, Outcome.UNKNOWN):
                 await self._storing.discard(claim)
             self._notifier.job(claim.job_id)
@@ -175,23 +211,51 @@ class Replica:
             self.metrics.job_ended(self.family, claim.job, outcome, time.monotonic() - started)
             log.info("job_ended", job_id=str(claim.job_id), attempt=claim.attempt, outcome=outcome)
 
-    async def _make(self, held: Held, previews: Previews) -> tuple[Generation, list[NewAsset]]:
+    async def _make(self, held: Held, previews: Previews, states: RunStates) -> tuple[Generation, list[NewAsset]]:
         assert self.engine is not None
-        request = replace(await self._request(held), snapshots=previews.snapshots)
+        try:
+            resume = await states.resume()
+        except StorageUnavailable as error:
+            raise StorageFailed("the object store is not available") from error
+        request = replace(await self._request(held), snapshots=previews.snapshots, states=states.states, resume=resume)
         ticket = self.engine.submit(request)
         held.on_stop = ticket.cancel
         if held.stop_reason is not None:
             ticket.cancel()
-        generation = await self._watched(held, ticket, previews)
-        held.report("encode_media")
-        model_name = self.engine.model.model_name
         try:
-            files = await asyncio.to_thread(encode, generation, model_name)
+            generation = await self._watched(held, ticket, previews, states)
+        finally:
+            if held.in_slot:
+                held.leave_slot()
+        held.report("encode_media")
+        model_name = self.model.model_name
+        origin = await self._origin(held.claim, request)
+        try:
+            files = await asyncio.to_thread(encode, generation, origin, self._marking)
         except Exception as error:
             raise GenerationFailed(f"encoding failed: {type(error).__name__}") from error
         held.report("store")
         return generation, await self._storing.put(
             held.claim, files, generation.settings, model_name, lambda: _raise_if_stopped(held)
+        )
+
+    async def _origin(self, claim: Claim, request: GenerationRequest) -> Origin:
+        assert self.engine is not None
+        try:
+            weights = await asyncio.wait_for(asyncio.shield(self._fingerprint), FINGERPRINT_SECONDS)
+        except TimeoutError:
+            weights = Fingerprint(self.spec.revision, error="the weights were still being hashed")
+        return Origin(
+            job_id=str(claim.job_id),
+            attempt=claim.attempt,
+            params=request.params,
+            original_prompt=claim.job["original_prompt"],
+            enhanced_prompt=claim.job["enhanced_prompt"],
+            model_name=self.model.model_name,
+            device=self.model.device,
+            fingerprint=weights,
+            reference=request.reference,
+            mask=request.mask,
         )
 
     async def _request(self, held: Held) -> GenerationRequest:
@@ -200,17 +264,28 @@ class Replica:
         enhanced = claim.job["enhanced_prompt"]
         if enhanced:
             params = params.model_copy(update={"prompt": enhanced})
-        reference = None
-        if params.reference is not None:
-            try:
-                reference = await self._storing.read(
-                    params.reference.bucket, params.reference.key, lambda: _raise_if_stopped(held)
-                )
-            except BlobNotFound as error:
-                raise ReferenceGone("the stored reference image is gone") from error
-        return GenerationRequest(str(claim.job_id), params, reference, claim.batch_size)
+        await learn(self._pool, self.model, self.family, params.loras)
+        reference = params.reference
+        return GenerationRequest(
+            str(claim.job_id),
+            params,
+            await self._stored(held, reference),
+            claim.batch_size,
+            priority=0 if claim.klass > 0 else 1,
+            deadline=None if claim.deadline_seconds is None else time.monotonic() + claim.deadline_seconds,
+            model=self.spec.model_name,
+            mask=await self._stored(held, reference.mask if reference else None),
+        )
 
-    async def _watched(self, held: Held, ticket: Ticket, previews: Previews) -> Generation:
+    async def _stored(self, held: Held, image: StoredImage | None) -> bytes | None:
+        if image is None:
+            return None
+        try:
+            return await self._storing.read(image.bucket, image.key, lambda: _raise_if_stopped(held))
+        except BlobNotFound as error:
+            raise ReferenceGone("the stored reference image, or its mask, is gone") from error
+
+    async def _watched(self, held: Held, ticket: Ticket, previews: Previews, states: RunStates) -> Generation:
         result = asyncio.create_task(ticket.result())
         while not result.done():
             await asyncio.wait({result}, timeout=WATCH_SECONDS)
@@ -223,6 +298,9 @@ class Replica:
                 progress.activity,
             )
             previews.look()
+            states.look()
+            if progress.denoised and held.in_slot:
+                held.leave_slot()
         return result.result()
 
     async def _finish(self, held: Held, generation: Generation, assets: list[NewAsset]) -> bool:
@@ -235,6 +313,7 @@ class Replica:
             status=Status.COMPLETED,
             settings=settings,
             generation_time_ms=total_ms,
+            compute_seconds=_compute_seconds(generation),
             worker=self.worker,
             assets=assets,
             callback_assets=self._storing.references(assets),
@@ -250,8 +329,15 @@ class Replica:
         return await self._endings.settle(held, end)
 
 
+def _compute_seconds(generation: Generation) -> float:
+    """The replica's time that the job had: its share of the forwards, and what was done for it alone."""
+    timings = generation.timings_ms
+    alone = timings.get("encode", 0.0) + timings.get("decode", 0.0)
+    return (timings.get("compute", timings["total"] - alone) + alone) / 1000
+
+
 class ReferenceGone(GenerationError):
-    """The reference image of the job is no longer stored."""
+    """The reference image of the job, or its mask, is no longer stored."""
 
     code = "reference_gone"
     retryable = False
@@ -260,14 +346,3 @@ class ReferenceGone(GenerationError):
 def _raise_if_stopped(held: Held) -> None:
     if held.stop_reason is not None and held.stop_reason is not StopReason.DRAIN:
         raise Cancelled(f"stopped: {held.stop_reason}")
-
-
-def make_model(spec: ModelSpec, weights: Path | str) -> Model:
-    """The model class of a family, around weights that are not loaded yet."""
-    if spec.family is Family.WAN:
-        from models.wan import WAN
-
-        return WAN(spec, weights)
-    from models.sdxl import SDXL
-
-    return SDXL(spec, weights)

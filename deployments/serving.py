@@ -6,6 +6,7 @@ time limits), so that all deployments of one application agree.
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import structlog
@@ -13,6 +14,7 @@ import structlog
 from db.blobs import BlobStore
 from db.callbacks import Callbacks
 from db.erasures import Erasures
+from db.library import LibraryRows
 from db.notify import QUEUE_CHANNEL, Listener, Notifier
 from db.pool import WORKER_ROLE, open_pool
 from db.queue import Queue
@@ -21,6 +23,8 @@ from deployments.callbacks import Deliverer
 from deployments.egress import Egress
 from deployments.enhancer import Enhancer, EnhanceRequest
 from deployments.erasure import Erasure
+from deployments.expiry import Expiry
+from deployments.hosting import Host
 from deployments.logs import configure_logs
 from deployments.metrics import Metrics
 from deployments.replica import Replica
@@ -28,6 +32,9 @@ from deployments.settings import Settings
 from deployments.signatures import CallbackSecrets
 from deployments.sweep import Sweep
 from deployments.upkeep import Upkeep
+from models.catalog import Family
+from models.language import Message, Sampling
+from models.params import ContentMode
 
 log = structlog.get_logger()
 
@@ -40,21 +47,28 @@ class Unhealthy(RuntimeError):
 
 
 class MediaReplica:
-    """A model family's replica. It takes its work from Postgres, not from calls."""
+    """A model family's replica, with the models that it is the host of. It takes its work from Postgres, not from
+    calls."""
 
     async def __init__(self, shared: dict[str, Any], family: str) -> None:  # type: ignore[misc]  # Serve awaits it
         configure_logs()
-        self._replica = Replica(Settings.in_deployment(shared), family, Metrics())
-        await self._replica.start()
+        settings, metrics = Settings.in_deployment(shared), Metrics()
+        families = settings.loaded_profile.hosted(Family(family))
+        host = Host(settings, families)
+        self._replicas = [Replica(settings, hosted, metrics, host) for hosted in families]
+        self._host, self._drain_seconds = host, settings.drain_seconds
+        for replica in self._replicas:
+            await replica.start()
 
     def check_health(self) -> None:
         """Serve's health check."""
-        fault = self._replica.health()
-        if fault is not None:
-            raise Unhealthy(fault)
+        faults = [fault for replica in self._replicas if (fault := replica.health()) is not None]
+        if faults:
+            raise Unhealthy(faults[0])
 
     async def __del__(self) -> None:
-        await self._replica.stop(self._replica.settings.drain_seconds)
+        await asyncio.gather(*(replica.stop(self._drain_seconds) for replica in self._replicas))
+        await self._host.close()
 
 
 class EnhancerReplica:
@@ -68,6 +82,13 @@ class EnhancerReplica:
     async def enhance(self, request: EnhanceRequest) -> Any:
         """One prompt, enhanced now. Raises `ContentRejected`, `NoTemplate`."""
         return await self._enhancer.enhance(request)
+
+    async def chat(
+        self, messages: Sequence[Message], sampling: Sampling, content_mode: ContentMode = "sfw"
+    ) -> AsyncIterator[Any]:
+        """An answer in pieces, and at last its `Completion`. See `Enhancer.chat`."""
+        async for part in self._enhancer.chat(messages, sampling, content_mode):
+            yield part
 
     def check_health(self) -> None:
         """Serve's health check."""
@@ -131,7 +152,7 @@ class CallbackDeliverer(_Duty):
 
 
 class UpkeepDuty(_Duty):
-    """Looks after leases, deadlines, delays, retention, orphaned files, and erasures that others left behind."""
+    """Looks after leases, deadlines, delays, retention, expiry, orphaned files, and erasures that others left."""
 
     async def __init__(self, shared: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         await self._open(shared, "ourvidz upkeep")
@@ -147,12 +168,14 @@ class UpkeepDuty(_Duty):
         self.task = asyncio.create_task(upkeep.run(self.settings.upkeep_seconds, self.stopping))
         blobs = BlobStore.from_url(self.settings.blobs())
         sweep = Sweep(blobs, Queue(self.pool), self.settings.orphan_grace_seconds)
-        self._sweeping = asyncio.create_task(self._sweep(sweep, Erasure(Erasures(self.pool), blobs)))
+        erasure = Erasure(Erasures(self.pool), blobs)
+        expiry = Expiry(LibraryRows(self.pool), blobs, self.settings.orphan_grace_seconds)
+        self._sweeping = asyncio.create_task(self._sweep(sweep, erasure, expiry))
 
-    async def _sweep(self, sweep: Sweep, erasure: Erasure) -> None:
+    async def _sweep(self, sweep: Sweep, erasure: Erasure, expiry: Expiry) -> None:
         while True:
             await asyncio.sleep(self.settings.sweep_seconds)
-            for duty in (erasure.resume, sweep.once):
+            for duty in (erasure.resume, expiry.expire, sweep.once, expiry.sweep):
                 try:
                     await duty()
                 except Exception as error:  # the next round tries again; jobs don't wait for these duties

@@ -11,7 +11,7 @@ import os
 import secrets
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -20,6 +20,7 @@ from db import embedded
 from db.retention import RetentionPolicy
 from deployments.destinations import AllowedHost, EgressPolicy
 from models.profile import Profile, load_profile
+from models.provenance import Algorithm
 
 GENERATED = ("signing_secret", "callback_secret", "job_callback_secret")  # on a laptop, where they are missing
 SECRET_FIELDS = frozenset({"database_url", "metrics_token", *GENERATED})
@@ -122,6 +123,19 @@ class Settings(BaseSettings):
         "kept for ever. Nothing but that command deletes old jobs, and none that it has not written.",
     )
 
+    provenance: Literal["none", "iptc", "c2pa"] = Field(
+        "iptc",
+        description="How files say that an AI model made them: not at all, by IPTC's digitalSourceType (XMP), or by "
+        "that and a C2PA signature. Every file carries its manifest either way.",
+    )
+    c2pa_certificate: Path | None = Field(
+        None, description="Certificate chain (PEM, the signer's first) that C2PA signatures are made with."
+    )
+    c2pa_key: Path | None = Field(
+        None, description="Its private key (PEM, PKCS#8, without a passphrase). Only replicas need to read the file."
+    )
+    c2pa_algorithm: Algorithm = Field("es256", description="The signature algorithm that fits the key.")
+
     @field_validator("egress_allow", "callback_schedule", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
@@ -147,6 +161,15 @@ class Settings(BaseSettings):
             raise ValueError(
                 "renew_seconds may be at most half of lease_seconds, so that one lost renewal costs no job"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _signs_with_something(self) -> Self:
+        given = {"c2pa_certificate": self.c2pa_certificate, "c2pa_key": self.c2pa_key}
+        if self.provenance == "c2pa" and (missing := [name for name, path in given.items() if path is None]):
+            raise ValueError(f"provenance c2pa needs {' and '.join(missing)}")
+        if self.provenance != "c2pa" and any(given.values()):
+            raise ValueError("c2pa_certificate and c2pa_key have no effect unless provenance is c2pa")
         return self
 
     @classmethod

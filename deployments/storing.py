@@ -5,21 +5,24 @@ winner's file, and what a loser left is found by its key.
 """
 
 import asyncio
-import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from uuid import UUID, uuid4
 
 import structlog
 
 from db.blobs import BlobStore, StorageUnavailable, UrlSigner
 from db.queue import Claim, NewAsset
+from deployments.settings import Settings, SettingsError
 from models.engine import Generation, GenerationError
-from models.media import encode_mp4, encode_png, probe, thumbnail
+from models.manifest import SOFTWARE, Manifest, Origin, Pixels, describe, xmp
+from models.media import MANIFEST_KEY, describe_mp4, encode_mp4, encode_png, probe, thumbnail
+from models.pixels import decode, pixel_hash, samples_of
+from models.provenance import ContentSigner, SigningUnavailable
 
 log = structlog.get_logger()
 
@@ -49,22 +52,66 @@ class EncodedFile:
     thumbnail: bytes
     facts: Any
     seed: int
+    manifest: Manifest
 
 
-def encode(generation: Generation, model_name: str) -> list[EncodedFile]:
-    """Encode what a model made. Blocking; run it off the event loop."""
-    settings = generation.settings
+@dataclass(frozen=True)
+class Marking:
+    """What files say of where they come from, beside their manifest: an XMP packet, and a signature."""
+
+    xmp: str | None = None
+    signer: ContentSigner | None = None
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """As the settings want it. Blocking. Raises `SettingsError` where files would have to go unsigned."""
+        if settings.provenance != "c2pa":
+            return cls(xmp() if settings.provenance == "iptc" else None)
+        assert settings.c2pa_certificate is not None  # checked with the settings
+        assert settings.c2pa_key is not None
+        try:
+            signer = ContentSigner.load(settings.c2pa_certificate, settings.c2pa_key, settings.c2pa_algorithm)
+        except SigningUnavailable as error:
+            raise SettingsError(f"OURVIDZ_PROVENANCE=c2pa: {error}") from error
+        return cls(xmp(), signer)
+
+    def signed(self, data: bytes, mime_type: str, model_name: str) -> bytes:
+        """The file as it may leave the house."""
+        return data if self.signer is None else self.signer.sign(data, mime_type, model_name)
+
+
+def encode(generation: Generation, origin: Origin, marking: Marking) -> list[EncodedFile]:
+    """Encode what a model made, with its manifest inside, and look at what came out. Blocking; run it off the event
+    loop."""
     if generation.frames is not None:
-        data = encode_mp4(generation.frames, generation.fps or 16)
-        return [EncodedFile("video", "mp4", data, thumbnail(generation.frames), probe(data), generation.seeds[0])]
-    files = []
-    for index, image in enumerate(generation.images or []):
-        seed = generation.seeds[index]
-        about = {k: v for k, v in settings.items() if k not in ("prompt", "negative_prompt")} | {"seed": seed}
-        text = {"Software": "ourvidz-serve", "Model": model_name, "Parameters": json.dumps(about, default=str)}
-        data = encode_png(image, text)
-        files.append(EncodedFile("image", "png", data, thumbnail(image), probe(data), seed))
-    return files
+        return [_encode_video(generation, generation.frames, origin, marking)]
+    return [_encode_image(generation, index, origin, marking) for index in range(len(generation.images or []))]
+
+
+def _encode_image(generation: Generation, index: int, origin: Origin, marking: Marking) -> EncodedFile:
+    assert generation.images is not None
+    image = generation.images[index]
+    made = Pixels(sha256=pixel_hash(samples_of(image)), width=image.width, height=image.height)
+    manifest = describe(origin, generation, index, "image/png", made)
+    data = encode_png(image, _texts(manifest), marking.xmp)
+    data = marking.signed(data, manifest.media_type, origin.model_name)
+    return EncodedFile("image", "png", data, thumbnail(image), probe(data), manifest.seed, manifest)
+
+
+def _encode_video(generation: Generation, frames: Any, origin: Origin, marking: Marking) -> EncodedFile:
+    data = encode_mp4(frames, generation.fps or 16)
+    count, height, width = frames.shape[:3]
+    made = Pixels(
+        sha256=pixel_hash(decode(data)), source_sha256=pixel_hash(frames), width=width, height=height, frames=count
+    )
+    manifest = describe(origin, generation, 0, "video/mp4", made)
+    data = describe_mp4(data, _texts(manifest), marking.xmp)
+    data = marking.signed(data, manifest.media_type, origin.model_name)
+    return EncodedFile("video", "mp4", data, thumbnail(frames), probe(data), manifest.seed, manifest)
+
+
+def _texts(manifest: Manifest) -> dict[str, str]:
+    return {"Software": SOFTWARE, "Model": manifest.model.name, MANIFEST_KEY: manifest.model_dump_json()}
 
 
 class Storing:
@@ -122,6 +169,7 @@ class Storing:
                     seed=file.seed,
                     model_used=model_name,
                     settings=settings,
+                    manifest=file.manifest.model_dump(mode="json"),
                 )
             )
         stop()

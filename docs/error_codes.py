@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from db.blobs import StorageUnavailable
 from db.idempotency import IdempotencyConflict, IdempotencyInFlight
 from deployments import destinations, enhancer, replica, storing
-from models import answers, generation, params
+from models import answers, generation, lora_files, params
 from models.catalog import UnknownJobType
 from models.policy import ContentRejected
 from models.prompts import NoTemplate
@@ -67,14 +67,26 @@ MEANINGS = {
     "job_not_found": "There is no such job, or it is somebody else's.",
     "key_not_found": "There is no such API key, or it is somebody else's.",
     "not_retryable": "The job is not failed or cancelled.",
+    "not_rerunnable": "The job is not completed, was run elsewhere, or something it was made from is gone.",
     "url_expired": "The signed URL has expired. Read the job again for a new one.",
     "body_too_large": "The body is larger than `OURVIDZ_MAX_BODY_BYTES`.",
     "invalid_request": "The shape of the request is wrong; `errors` names the fields, with pydantic's codes.",
     "metadata": "`metadata` is too large, too deep, or holds what can't be given back as it is.",
+    "asset_file_missing": "The file is gone from the store, or is not the one that its row speaks of.",
+    "too_many_uploads": "The user has as many uploads as one may have. Delete some.",
+    "unsupported_media_type": "The body has a media type that the operation does not take.",
     "not_implemented": "A scene for enhance-prompt, or an outside provider without an adapter.",
     "model_not_installed": "The profile has no model for this job type.",
     "reference_type_unavailable": "The profile has no model or adapter for this kind of reference.",
     "no_template_available": "No active prompt template fits.",
+    "conversation_not_found": "There is no such conversation, or it is somebody else's.",
+    "character_not_found": "There is no such character, or it is not for you to see.",
+    "project_not_found": "There is no such project, or it is somebody else's.",
+    "template_not_found": "There is no active chat template of that id.",
+    "message_too_long": "The message and its system prompt leave the language model no room for an answer.",
+    "language_model_unavailable": "No language model runs here, or it can't be reached. Nothing was stored.",
+    "language_model_failed": "The language model raised an error. Nothing was stored.",
+    "model_busy": "Too much waits for the language model. Try again after `Retry-After`.",
     "database_unavailable": "Postgres is away or full. Try again after `Retry-After`.",
     "internal": "A fault of ours, with nothing told. It is in the log.",
 }
@@ -83,7 +95,7 @@ ANSWERS: tuple[tuple[Exception, str], ...] = (
     (UnknownJobType(), "There is no such job type."),
     (ContentRejected("content_minors", ""), "The content policy: sexual content that involves minors, in any mode."),
     (ContentRejected("content_sexual_in_sfw", ""), "The content policy: sexual content in sfw mode."),
-    (generation.InvalidInput(""), "The reference image can't be used."),
+    (generation.InvalidInput(""), "The reference image or its mask can't be used."),
     (IdempotencyConflict(), "The key was used before, with another body."),
     (IdempotencyInFlight(), "A request with the key is being accepted now. Try again after `Retry-After`."),
     (destinations.EgressRefused("scheme", ""), "A callback or reference URL is refused by rule."),
@@ -194,6 +206,7 @@ def enhancement_reasons() -> Table:
     """Why rules stood in for the language model."""
     meanings = {
         "model_unavailable": "The language model is not loaded.",
+        "model_busy": "Too much waits for it already. Only for prompts that are enhanced at once; jobs wait.",
         "model_failed": "It raised an error.",
         "too_long": "Its answer was far over the limit.",
         "content_rejected": "Its answer breaks the content policy.",
@@ -210,7 +223,7 @@ def enhancement_reasons() -> Table:
     agree(
         "reasons of an unusable answer",
         names,
-        set(meanings) - {"model_unavailable", "model_failed", "too_long", "content_rejected"},
+        set(meanings) - {"model_unavailable", "model_busy", "model_failed", "too_long", "content_rejected"},
     )
     return ("Reason", "Meaning"), [(f"`{name}`", meaning) for name, meaning in meanings.items()]
 
@@ -236,7 +249,7 @@ def inside() -> Table:
 
 def leaves(kind: type[generation.GenerationError]) -> Iterator[type[generation.GenerationError]]:
     """The concrete errors below one, those of the replicas included."""
-    assert all((enhancer, replica, storing))  # imported, so that their errors are known
+    assert all((enhancer, lora_files, replica, storing))  # imported, so that their errors are known
     for child in kind.__subclasses__():
         if "code" in vars(child):
             yield child

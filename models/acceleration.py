@@ -231,6 +231,8 @@ def blank_inputs(
     scale, every = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
     shape = (rows, config.in_channels, (frames - 1) // every + 1, height // scale, width // scale)
     text = torch.zeros(rows, 512, config.text_dim, **floats)
+    if pipeline.config.expand_timesteps:  # one for each token, of which there is one for every four cells
+        timestep = timestep[:, None].expand(rows, shape[2] * (shape[3] // 2) * (shape[4] // 2))
     return {"hidden_states": torch.zeros(shape, **floats), "timestep": timestep, "encoder_hidden_states": text}
 
 

@@ -35,6 +35,11 @@ class Shape(NamedTuple):
         return self.width * self.height * self.frames
 
 
+def shape_name(params: GenerationParams) -> str:
+    """The shape as text: "1024x1024x1"."""
+    return "x".join(map(str, shape_of(params)))
+
+
 def shape_of(params: GenerationParams) -> Shape:
     return Shape(params.width, params.height, params.frames)
 
@@ -58,6 +63,8 @@ class Costs:
         self.measured: dict[Shape, dict[int, float]] = {}  # at warm-up: caps come from these alone
         self.seen: dict[Shape, dict[int, float]] = {}  # measured and learnt
         self.caps: dict[Shape, int] = {}  # lowered by a want of memory
+        self.forwards = self.rows = 0  # that were run in this process
+        self.busy_seconds = 0.0  # that they took together
         self.decoding: Decoding | None = None
         self.bytes_per_row_pixel: float | None = None
         self.room_bytes: int | None = None  # on the device beside the weights, when the models were loaded
@@ -81,6 +88,9 @@ class Costs:
 
     def observe(self, shape: Shape, rows: int, seconds: float) -> None:
         """A forward took so long."""
+        self.forwards += 1
+        self.rows += rows
+        self.busy_seconds += seconds
         curve = self.seen.setdefault(shape, {})
         before = curve.get(rows)
         curve[rows] = seconds if before is None else before + LEARNING * (seconds - before)

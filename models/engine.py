@@ -2,7 +2,7 @@
 
 Requests join, give way, are cancelled and leave at step boundaries. Each runs the stock pipeline of diffusers in a
 greenlet (`models.runs`); its denoiser calls are parked, and those that share a shape are run as one forward
-(`models.denoiser`), in the order of `models.order` and by the measured costs of `models.costs`. Text encoding and
+(`models.forwards`), in the order of `models.order` and by the measured costs of `models.costs`. Text encoding and
 decoding happen on other threads meanwhile (`models.lanes`).
 
 Whoever submits gets a `Ticket`, which may be used from any thread and awaited from asyncio. A failed generation fails
@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,8 @@ from typing import Any
 import structlog
 
 from models.costs import Costs, Shape, shape_of
-from models.denoiser import Call, run_together
+from models.denoiser import Call
+from models.forwards import Forwards
 from models.generation import (
     Cancelled,
     Control,
@@ -45,9 +46,8 @@ from models.generation import (
     as_generation_error,
     release_device_memory,
 )
-from models.lanes import Lane, LaneName, Pace, adopt
+from models.lanes import Lane, LaneName, adopt
 from models.measuring import room_bytes
-from models.order import Order
 from models.runs import Aside, Run
 from models.tickets import Progress, Ticket
 
@@ -79,25 +79,29 @@ class Engine:
     """Runs the tickets of its models, up to `slots` of them at a time, step by step.
 
     Whoever feeds it claims work for `free_slots`. More may be submitted; they wait inside, in the order of arrival.
-    `costs` are the profiles by model name; they are kept in `costs_folder`, if one is given.
+    `costs` are the profiles by model name; they are kept in `costs_folder`, if one is given. With `overlap` encoding
+    and decoding go on beside the steps; without it they come between them. None lets the device decide: on a CPU whose
+    cores all work for each step, two threads would only be in each other's way.
     """
 
-    def __init__(self, *models: Model, slots: int = 1, costs_folder: Path | None = None) -> None:
+    def __init__(
+        self, *models: Model, slots: int = 1, costs_folder: Path | None = None, overlap: bool | None = None
+    ) -> None:
         self.models = {model.model_name: model for model in models}
         self.model = models[0]
         self.slots = slots
         self.broken: str | None = None  # why it can serve no more, once that is so
         self.activity = 0  # written by the engine thread only
-        self.forwards = self.rows = 0
         self.closing = False
         self.costs: dict[str, Costs] = {}
         self._costs_folder = costs_folder
+        self._overlap = overlap
         self._fault: type[GenerationError] = Cancelled
         self._waiting: deque[Ticket] = deque()
         self._runs: list[Run] = []
         self._returned: deque[tuple[Run, Any, BaseException | None]] = deque()
         self._lanes: dict[tuple[str, LaneName], Lane] = {}
-        self._order = Order()
+        self._forwards = Forwards()
         self._changed = threading.Condition()
         self._ready: Future[None] = Future()
         self._ready.set_running_or_notify_cancel()
@@ -109,9 +113,27 @@ class Engine:
         return self._thread.is_alive() and self.broken is None
 
     @property
+    def forwards(self) -> int:
+        """The forwards that were run so far."""
+        return self._forwards.count
+
+    @property
+    def rows(self) -> int:
+        """The rows that they had together."""
+        return self._forwards.rows
+
+    @property
     def free_slots(self) -> int:
         with self._changed:
-            return max(0, self.slots - len(self._waiting) - len(self._runs))
+            return max(0, self.slots - len(self._waiting) - self._denoising())
+
+    def shapes(self, model_name: str) -> set[Shape]:
+        """The shapes of what one of its models runs or is about to: more of these share its forwards."""
+        with self._changed:
+            requests = [run.ticket.request for run in self._runs] + [ticket.request for ticket in self._waiting]
+        return {
+            shape_of(request.params) for request in requests if (request.model or self.model.model_name) == model_name
+        }
 
     def start(self) -> None:
         """Starts the engine thread, which loads and warms the models; await `ready` for the outcome."""
@@ -162,7 +184,6 @@ class Engine:
                 session.enter_context(torch.no_grad())
                 for model in self.models.values():
                     session.enter_context(model.session())
-                self._paces = {name: Pace(model.device) for name, model in self.models.items()}
                 while self._turn():
                     pass
         for run in list(self._runs):
@@ -224,7 +245,9 @@ class Engine:
             self._go_on(run, error=Cancelled("cancelled at a step boundary"))
         parked = [run for run in self._runs if run.call is not None]
         if parked and not self.broken:
-            self._forward(parked)
+            self._reported()
+            for run, output, error in self._forwards.step(parked):
+                self._go_on(run, output, error)
         return self.broken is None
 
     def _has_something_to_do(self) -> bool:
@@ -232,12 +255,16 @@ class Engine:
             self.closing
             or self.broken
             or self._returned
-            or (self._waiting and len(self._runs) < self.slots)
+            or (self._waiting and self._denoising() < self.slots)
             or any(run.call is not None or run.ticket.cancelled for run in self._runs)
         )
 
+    def _denoising(self) -> int:
+        """The slots that are taken: one that only waits for its decoding has left its own."""
+        return sum(not run.ticket.progress.denoised for run in self._runs)
+
     def _take_in(self) -> list[Ticket]:
-        room = self.slots - len(self._runs)
+        room = self.slots - self._denoising()
         # sorted is stable: of the same priority the first come is the first served
         taken = sorted(self._waiting, key=lambda ticket: ticket.request.priority)[: max(0, room)]
         for ticket in taken:
@@ -261,12 +288,22 @@ class Engine:
 
     def _go_on(self, run: Run, value: Any = None, error: BaseException | None = None) -> Call | Aside | None:
         parked = run.go_on(value, error)
+        while isinstance(parked, Aside) and not self._overlaps(run.model):
+            result, failure = _done(parked)
+            parked = run.go_on(result, failure)
         if isinstance(parked, Aside):
             lane = self._lane(run.model, parked.lane)
             lane.put(parked.work, partial(self._return, run))
         elif parked is None:
             self._end(run)
         return parked
+
+    def _overlaps(self, model: Model) -> bool:
+        if self._overlap is not None:
+            return self._overlap
+        import torch
+
+        return model.device == "cuda" or torch.get_num_threads() < (os.cpu_count() or 1)
 
     def _lane(self, model: Model, name: LaneName) -> Lane:
         key = (model.model_name, name)
@@ -295,60 +332,12 @@ class Engine:
         assert outcome is not None  # set by the greenlet's last act
         run.ticket.end(outcome)
 
-    def _forward(self, parked: list[Run]) -> None:
-        now = time.monotonic()
-        works = [run.work(now) for run in parked]
-        costs_of = {
-            work.key: (run.costs, shape_of(run.ticket.request.params)) for run, work in zip(parked, works, strict=True)
-        }
-
-        def cap(key: Any) -> int:
-            costs, shape = costs_of[key]
-            return costs.cap(shape)
-
-        def seconds(key: Any, rows: int) -> float:
-            costs, shape = costs_of[key]
-            return costs.seconds(shape, rows) or 0.0
-
-        indices = set(self._order.choose(works, cap, seconds))
-        for index, run in enumerate(parked):
-            if index not in indices:
-                run.ticket.advance()  # it is alive; it has given way
-        chosen = [run for index, run in enumerate(parked) if index in indices]
-        self._reported()
-        for run, output, error in self._run_calls(chosen):
-            self._go_on(run, output, error)
-
-    def _run_calls(self, runs: Sequence[Run]) -> list[tuple[Run, Any, BaseException | None]]:
-        """The outputs of the parked calls, run together; where that fails, each alone, so that only the guilty fail."""
-        calls = [run.call for run in runs if run.call is not None]
-        first = runs[0]
-        shape, rows = shape_of(first.ticket.request.params), sum(call.rows for call in calls)
-        started = time.perf_counter()
-        try:
-            outputs = run_together(calls)
-            self._paces[first.model.model_name].keep()
-        except Exception as error:
-            failure = as_generation_error(error)
-            if isinstance(failure, DeviceBroken) or len(runs) == 1:
-                return [(run, None, as_generation_error(error)) for run in runs]
-            log.warning("forward_split", requests=len(runs), rows=rows, code=failure.code, reason=failure.message)
-        else:
-            self._account(runs, shape, rows, time.perf_counter() - started)
-            return list(zip(runs, outputs, [None] * len(runs), strict=True))
-        # outside of the handler, whose exception holds the memory of the failed forward
-        if isinstance(failure, OutOfMemory):
-            first.costs.lower_cap(shape, rows)
-            release_device_memory()
-        return [result for run in runs for result in self._run_calls([run])]
-
-    def _account(self, runs: Sequence[Run], shape: Shape, rows: int, seconds: float) -> None:
-        self.forwards += 1
-        self.rows += rows
-        runs[0].costs.observe(shape, rows, seconds)
-        for run in runs:
-            assert run.call is not None
-            run.compute_seconds += seconds * run.call.rows / rows
-
     def _ended(self) -> GenerationError:
         return self._fault(self.broken or "the engine was closed")
+
+
+def _done(aside: Aside) -> tuple[Any, BaseException | None]:
+    try:
+        return aside.work(), None
+    except Exception as error:
+        return None, error

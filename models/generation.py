@@ -85,7 +85,8 @@ class DeviceBroken(GenerationError):
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One job as the model sees it. `reference` holds the encoded bytes of `params.reference`, if there is one.
+    """One job as the model sees it. `reference` holds the encoded bytes of `params.reference`, if there is one, and
+    `mask` those of its mask.
 
     `batch_size` is how many of its images may be made at a time; None: all of them. `snapshots` gets copies of the
     latents, where previews are wanted. `priority` 0 is interactive, larger ones give way to it; `deadline` is on the
@@ -103,6 +104,7 @@ class GenerationRequest:
     model: str | None = None
     states: States | None = None
     resume: bytes | None = None
+    mask: bytes | None = None
 
 
 @dataclass(frozen=True)

@@ -69,15 +69,23 @@ class LoraRegistry(Protocol):
 
 
 class ProfileLoras:
-    """The LoRAs that a profile registers for one model. A file that was replaced on the disk is checked anew."""
+    """The LoRAs that a profile registers for one model, and those that its owner learns of while it runs.
+
+    A file that was replaced on the disk is checked anew.
+    """
 
     def __init__(self, sources: Mapping[str, LoraSource]) -> None:
+        self._of_profile = dict(sources)
         self._sources = dict(sources)
         self._checked: dict[Path, tuple[tuple[int, int, int], LoraFile]] = {}
         self._lock = threading.Lock()
 
     def names(self) -> Collection[str]:
         return self._sources.keys()
+
+    def renew(self, registered: Mapping[str, LoraSource]) -> None:
+        """What is registered beside the profile from now on. A name of the profile stays the profile's."""
+        self._sources = {**registered, **self._of_profile}
 
     def file(self, name: str) -> LoraFile:
         source = self._sources.get(name)

@@ -119,7 +119,7 @@ class Manifest(_Part):
 
 @dataclass(frozen=True)
 class Origin:
-    """The run that a file comes from. `reference` holds the bytes of the reference image, if there was one."""
+    """The run that a file comes from. `reference` and `mask` hold the bytes of these images, if there were any."""
 
     job_id: str
     attempt: int
@@ -130,6 +130,7 @@ class Origin:
     device: str
     fingerprint: Fingerprint
     reference: bytes | None = None
+    mask: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ def describe(origin: Origin, generation: Generation, index: int, media_type: str
         # where it is stored names the user; what it shows is what matters
         digest = None if origin.reference is None else hashlib.sha256(origin.reference).hexdigest()
         asked["reference"] = {"sha256": digest} | params.reference.model_dump(include={"strength", "kind"})
+        if params.reference.mask is not None:
+            asked["reference"]["mask_sha256"] = None if origin.mask is None else hashlib.sha256(origin.mask).hexdigest()
     beyond = {name: value for name, value in settings.items() if name not in asked or asked[name] != value}
     print_of = origin.fingerprint
     return Manifest(

@@ -216,15 +216,18 @@ def _probe_video(data: bytes) -> MediaFacts:
         raise UnreadableMedia(f"no readable video ({type(error).__name__})") from error
 
 
-def open_reference(data: bytes, max_pixels: int, max_bytes: int) -> Image:
-    """An uploaded picture as RGB, upright and without metadata; transparency is laid on white.
+def open_reference(
+    data: bytes, max_pixels: int, max_bytes: int, *, name: str = "reference", canvas: str = "white"
+) -> Image:
+    """An uploaded picture as RGB, upright and without metadata; transparency is laid on the colour of the canvas.
 
-    PNG, JPEG and WebP of one frame only; sizes are checked before anything is decoded. Raises `InvalidInput`.
+    PNG, JPEG and WebP of one frame only; sizes are checked before anything is decoded. Raises `InvalidInput`, whose
+    message speaks of the picture by `name`.
     """
     from PIL import Image, ImageOps
 
     if len(data) > max_bytes:
-        raise InvalidInput(f"the reference is larger than {max_bytes} bytes")
+        raise InvalidInput(f"the {name} is larger than {max_bytes} bytes")
     try:
         with warnings.catch_warnings():
             # Pillow warns of many pixels by its own limit; ours is checked below
@@ -232,18 +235,20 @@ def open_reference(data: bytes, max_pixels: int, max_bytes: int) -> Image:
             opened = Image.open(io.BytesIO(data), formats=_REFERENCE_FORMATS)
         with opened as image:
             if image.width * image.height > max_pixels:
-                raise InvalidInput(f"the reference has more than {max_pixels} pixels")
+                raise InvalidInput(f"the {name} has more than {max_pixels} pixels")
             # a phone's JPEG may carry more pictures (MPO): previews and depth, no animation
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-                raise InvalidInput("the reference is animated; one still picture is needed")
+                raise InvalidInput(f"the {name} is animated; one still picture is needed")
+            if image.mode.startswith(("I", "F")):  # turned into 8 bits, all but the darkest would be white
+                raise InvalidInput(f"the {name} has more than 8 bits a sample")
             image.load()
             upright = ImageOps.exif_transpose(image)
             has_alpha = "A" in upright.getbands() or "transparency" in upright.info
-            canvas = Image.new("RGB", upright.size, "white")
+            picture = Image.new("RGB", upright.size, canvas)
             if has_alpha:
-                canvas.paste(upright.convert("RGB"), mask=upright.convert("RGBA").getchannel("A"))
+                picture.paste(upright.convert("RGB"), mask=upright.convert("RGBA").getchannel("A"))
             else:
-                canvas.paste(upright.convert("RGB"))
-            return canvas
+                picture.paste(upright.convert("RGB"))
+            return picture
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InvalidInput(f"the reference is no readable PNG, JPEG or WebP ({type(error).__name__})") from error
+        raise InvalidInput(f"the {name} is no readable PNG, JPEG or WebP ({type(error).__name__})") from error

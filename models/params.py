@@ -29,28 +29,11 @@ from models.fields import InvalidParams as InvalidParams
 from models.fields import clean_prompt as clean_prompt
 from models.fields import cleaned
 from models.loras import LoraUse, lora_errors
+from models.reference import Reference as Reference
 
 MAX_SEED = 2**63 - 1
-MIN_STRENGTH = 0.1
-MAX_STRENGTH = 1.0
 
 ContentMode = Literal["sfw", "nsfw"]
-ReferenceKind = Literal["style", "composition", "character"]
-
-
-class Reference(BaseModel):
-    """A stored image that the generation starts from.
-
-    `strength` is how much of it is kept: the share of noise put on it is 1 - strength. `kind` is what the
-    caller wants kept; it is recorded, and every kind runs as image-to-image.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    bucket: str = Field(min_length=1, max_length=100)
-    key: str = Field(min_length=1, max_length=1024)
-    strength: float = Field(default=0.5, ge=MIN_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)
-    kind: ReferenceKind | None = None
 
 
 class GivenParams(BaseModel):

@@ -56,6 +56,7 @@ class PipelineModel(ABC):
         self._embeddings = Embeddings()
         self._applied = Applied(spec.acceleration)
         self.adapters: Adapters | None = None  # once loaded
+        self.registry = ProfileLoras(spec.loras)
         self._active = 0
 
     def load(self) -> None:
@@ -82,6 +83,8 @@ class PipelineModel(ABC):
                 component.eval()
         if self.spec.vae_slicing:
             pipeline.vae.enable_slicing()
+        if self.spec.vae_tiling:
+            pipeline.vae.enable_tiling()
         if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
             # the pipelines would cast it to and fro for each request, under the feet of the others
             pipeline.vae.to(torch.float32)
@@ -142,7 +145,8 @@ class PipelineModel(ABC):
                 watch.adapters = lease.adapters
                 if request.states is not None or request.resume is not None:
                     model = [*self._identity(), lease.adapters]
-                    watch.identity = identity_of(request.params, request.reference, request.batch_size, model)
+                    files = (request.reference, request.mask)
+                    watch.identity = identity_of(request.params, files, request.batch_size, model)
                     watch.read_state(request.resume)
                 generation = self._generate(request, watch)
                 generation.settings["loras"] = lease.settings
@@ -156,7 +160,7 @@ class PipelineModel(ABC):
         # compiled code would be compiled anew for each new mixture
         mixes = self.spec.mix_loras and self.spec.acceleration.compile == "none"
         room = round(self.spec.lora_cache_gib * 2**30)
-        adapters = Adapters(pipeline, ProfileLoras(self.spec.loras), room, mixes=mixes)
+        adapters = Adapters(pipeline, self.registry, room, mixes=mixes)
         adapters.fetch_all()
         return adapters
 
@@ -254,6 +258,7 @@ class PipelineModel(ABC):
             "dtype": self.spec.dtype,
             "offload": self.spec.offload,
             "attention": self.spec.attention,
+            "vae_tiling": self.spec.vae_tiling,
             "acceleration": self._applied.settings(),
             "libraries": dict(library_versions()),
         }

@@ -34,6 +34,7 @@ _NOT_OF = {
         "vae",
         "variant",
         "vae_slicing",
+        "vae_tiling",
         "offload",
         "attention",
         *_LORA_FIELDS,
@@ -49,14 +50,17 @@ class ModelSpec(BaseModel):
 
     `source` is a Hugging Face repository, a local path, or "tiny" (random weights built on the spot). A
     `single_file` is one checkpoint file inside the source. `vae` names a repository whose VAE replaces the
-    checkpoint's. `memory_gib` is the peak on the device (0 where it runs on the CPU), `disk_gib` the
-    download. `offload` "model" keeps on the device only the part that runs. `attention` is the kernel tried
-    first. `acceleration` holds the switches of `models.acceleration`. `num_gpus` is the share of one card that the
-    scheduler reserves. The language model's `backend` writes up to `sequences` answers at a time, which share a cache
-    of `cache_tokens` tokens. `loras` are those that requests may name, `lora_cache_gib`, a part of `memory_gib`, the
-    room for loaded ones; with `mix_loras`, requests with different ones share a forward. A replica holds up to `slots`
-    jobs at a time; every `state_steps` steps a job's state is stored, 0 for never. A model that is `hosted_by` another
-    family has no replicas of its own but shares the engine of that one's, step by step.
+    checkpoint's; with `vae_slicing` a batch is decoded picture by picture, with `vae_tiling` a large picture tile
+    by tile, which needs less memory and shows seams at worst. `memory_gib` is the peak on the device (0 where it
+    runs on the CPU), `disk_gib` the download. `offload` "model" keeps on the device only the part that runs.
+    `attention` is the kernel tried first. `acceleration` holds the switches of `models.acceleration`. `num_gpus` is
+    the share of one card that the scheduler reserves. The language model's `backend` writes up to `sequences`
+    answers at a time, which share a cache of `cache_tokens` tokens. `loras` are those that requests may name
+    beside the ones in production in the training registry; `lora_cache_gib`, a part of `memory_gib`, is the room for
+    loaded ones, and without it there are none; with `mix_loras`, requests with different ones share a forward. A
+    replica runs up to `slots` jobs at a time; every `state_steps` steps a job's state is
+    stored, 0 for never. A model that is `hosted_by` another family has no replicas of its own but shares the engine
+    of that one's, step by step.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -73,6 +77,7 @@ class ModelSpec(BaseModel):
     offload: Literal["none", "model"] = "none"
     attention: Literal["default", "cudnn", "flash", "efficient"] = "default"
     vae_slicing: bool = False
+    vae_tiling: bool = False
     acceleration: Acceleration = Field(default_factory=Acceleration)
     defaults: FamilyDefaults | None = None
     memory_gib: float = Field(ge=0)
@@ -104,11 +109,11 @@ class ModelSpec(BaseModel):
             raise ValueError(f"{self.family}: {', '.join(unused)} would have no effect")
         if self.backend == "vllm" and (self.device != "cuda" or self.source == TINY):
             raise ValueError(f"{self.family}: the backend vllm needs a card and real weights")
-        if bool(self.loras) is not bool(self.lora_cache_gib):
-            raise ValueError(f"{self.family}: loras and lora_cache_gib go together")
-        if not self.loras and "mix_loras" in self.model_fields_set:
-            raise ValueError(f"{self.family}: mix_loras would have no effect without loras")
-        if self.loras and (unfit := self.acceleration.refuses_loras()):
+        if self.loras and not self.lora_cache_gib:
+            raise ValueError(f"{self.family}: loras need lora_cache_gib")
+        if not self.lora_cache_gib and "mix_loras" in self.model_fields_set:
+            raise ValueError(f"{self.family}: mix_loras would have no effect without lora_cache_gib")
+        if self.lora_cache_gib and (unfit := self.acceleration.refuses_loras()):
             raise ValueError(f"{self.family}: loras: {unfit}")
         if self.device == "cuda" and self.lora_cache_gib >= self.memory_gib:
             raise ValueError(f"{self.family}: lora_cache_gib is a part of memory_gib")

@@ -142,10 +142,11 @@ class Resumption:
         return DenoisingState(self._identity, self._batch, self._done, _copy(latents), kept, states)
 
 
-def identity_of(params: GenerationParams, reference: bytes | None, batch_size: int | None, model: Any) -> str:
-    """A hash of what must be the same: the request, and the model with its versions, as `model` tells them."""
-    start = hashlib.sha256(reference).hexdigest() if reference else None
-    document = [params.model_dump(mode="json", exclude={"previews"}), start, batch_size, model]
+def identity_of(params: GenerationParams, files: Sequence[bytes | None], batch_size: int | None, model: Any) -> str:
+    """A hash of what must be the same: the request with its files, and the model with its versions, as `model` tells
+    them."""
+    digests = [hashlib.sha256(data).hexdigest() if data else None for data in files]
+    document = [params.model_dump(mode="json", exclude={"previews"}), digests, batch_size, model]
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""SDXL: images from text, or from text and a reference image, in batches of up to six.
+"""SDXL: images from text, from text and a reference image, or into the masked part of one, in batches of up to six.
 
 A request runs through the stock pipelines of diffusers, so its pixels are those of the stock pipeline with the
 same parameters: bitwise when it runs alone, but for rounding when it shares forwards with others. Image i of a request
@@ -8,19 +8,24 @@ at most, since kernels add up in another order for another batch size.
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from models.denoiser import AsideStandIn
 from models.embeddings import Encoded
 from models.generation import Generation, GenerationFailed, GenerationRequest, InvalidInput
 from models.lora_rows import AdapterSet
+from models.masks import fit_mask, open_mask
 from models.media import open_reference
 from models.params import GenerationParams
 from models.pipeline import PipelineModel, generators, seeds_from
 from models.profile import ModelSpec
+from models.reference import MIN_STRENGTH, Reference, StoredImage
 from models.stopwatch import Stopwatch
 from models.weighting import Weighting, WeightingFailed
 
@@ -44,25 +49,50 @@ SCHEDULERS = {
 
 
 class SDXL(PipelineModel):
-    """A `models.generation.Model` for Stable Diffusion XL and checkpoints of its architecture."""
+    """A `models.generation.Model` for Stable Diffusion XL and checkpoints of its architecture.
+
+    A checkpoint that was trained to repaint, whose UNet takes nine channels, does nothing else.
+    """
 
     def __init__(self, spec: ModelSpec, weights: Path | str) -> None:
         super().__init__(spec, weights)
         self._image_to_image: Any = None
+        self._inpaint: Any = None
         self._weighting: Weighting | None = None
 
     def load(self) -> None:
-        from diffusers import StableDiffusionXLImg2ImgPipeline
+        from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline
 
         super().load()
         pipeline = self._pipeline
-        self._image_to_image = StableDiffusionXLImg2ImgPipeline(
-            **pipeline.components,
-            force_zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt,
-            add_watermarker=False,
-        )
-        self._image_to_image.set_progress_bar_config(disable=True)
+        zeros = pipeline.config.force_zeros_for_empty_prompt
+
+        def sibling(kind: Any) -> Any:
+            made = kind(**pipeline.components, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+            made.set_progress_bar_config(disable=True)
+            return made
+
+        self._image_to_image = sibling(StableDiffusionXLImg2ImgPipeline)
+        self._inpaint = sibling(StableDiffusionXLInpaintPipeline)
         self._weighting = Weighting(pipeline)
+
+    @property
+    def repaints_only(self) -> bool:
+        """Whether the UNet needs mask and masked image beside the latents."""
+        unet, vae = self._pipeline.unet, self._pipeline.vae
+        return bool(unet.config.in_channels != vae.config.latent_channels)
+
+    def sample_request(self, frames: int | None = None) -> GenerationRequest:
+        request = super().sample_request(frames)
+        if not self.repaints_only:
+            return request
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), "white").save(buffer, format="PNG")
+        reference = Reference(bucket="-", key="-", strength=MIN_STRENGTH, mask=StoredImage(bucket="-", key="-"))
+        params = request.params.model_copy(update={"steps": 2, "reference": reference})  # one of which is run
+        return replace(request, params=params, reference=buffer.getvalue(), mask=buffer.getvalue())
 
     def _load_pipeline(self, dtype: Any) -> Any:
         from diffusers import AutoencoderKL, StableDiffusionXLPipeline
@@ -92,9 +122,7 @@ class SDXL(PipelineModel):
         params = request.params
         if params.frames != 1:
             raise InvalidInput("SDXL makes images, not video")
-        if (params.reference is None) is not (request.reference is None):
-            raise InvalidInput("a reference needs both its parameters and its bytes")
-        pipeline = self._pipeline if request.reference is None else self._image_to_image
+        pipeline = self._pipeline_for(request)
         own = self._own(pipeline, self._scheduler(params), request, watch)
         seeds = seeds_from(params.seed or 0, params.num_images)
         size = min(request.batch_size or params.num_images, params.num_images)
@@ -114,8 +142,7 @@ class SDXL(PipelineModel):
         if request.reference is None:
             arguments |= {"width": params.width, "height": params.height}
         else:
-            reference = request.reference
-            arguments |= watch.aside(lambda: self._start_from(reference, params, settings))
+            arguments |= watch.aside(lambda: self._start_from(request, settings))
         encoded = watch.aside(lambda: self._encode(own, params, watch.adapters), "text")
         arguments |= encoded.arguments
         settings |= encoded.facts
@@ -139,6 +166,25 @@ class SDXL(PipelineModel):
             settings=settings,
             timings_ms=watch.stop(),
         )
+
+    def _pipeline_for(self, request: GenerationRequest) -> Any:
+        reference = request.params.reference
+        if (reference is None) is not (request.reference is None):
+            raise InvalidInput("a reference needs both its parameters and its bytes")
+        if (reference is None or reference.mask is None) is not (request.mask is None):
+            raise InvalidInput("a mask needs both its parameters and its bytes")
+        if request.mask is not None:
+            return self._inpaint
+        if self.repaints_only:
+            raise InvalidInput("this checkpoint only repaints: it needs a reference image and a mask")
+        return self._pipeline if reference is None else self._image_to_image
+
+    def _own(self, pipeline: Any, scheduler: Any, request: GenerationRequest, watch: Stopwatch) -> Any:
+        own = super()._own(pipeline, scheduler, request, watch)
+        for name in ("image_processor", "mask_processor"):
+            if name in own.__dict__:
+                own.__dict__[name] = AsideStandIn(own.__dict__[name], watch, ("preprocess",))
+        return own
 
     def _scheduler(self, params: GenerationParams) -> Any:
         import diffusers
@@ -199,24 +245,35 @@ class SDXL(PipelineModel):
         tokens = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
         return max(0, tokens - int(tokenizer.model_max_length))
 
-    def _start_from(self, data: bytes, params: GenerationParams, settings: dict[str, Any]) -> dict[str, Any]:
+    def _start_from(self, request: GenerationRequest, settings: dict[str, Any]) -> dict[str, Any]:
+        """The reference and its mask as arguments of the pipeline."""
         from PIL import Image, ImageOps
 
-        assert params.reference is not None  # checked by _generate
+        params = request.params
+        assert params.reference is not None  # checked by _pipeline_for
+        assert request.reference is not None
         # rounded because 1 - 0.8 is a little less than 0.2, and 25 steps of that would be 4 instead of 5
         strength = round(1 - params.reference.strength, 6)
         if int(params.steps * strength) < 1:
             raise InvalidInput("at this reference strength none of the steps would be run")
-        image = open_reference(data, MAX_REFERENCE_PIXELS, MAX_REFERENCE_BYTES)
-        settings["reference"] = {
+        image = open_reference(request.reference, MAX_REFERENCE_PIXELS, MAX_REFERENCE_BYTES)
+        facts: dict[str, Any] = {
             "strength": params.reference.strength,
             "denoise_strength": strength,
             "width": image.width,
             "height": image.height,
             "resize_policy": "center_crop",
         }
-        fitted = ImageOps.fit(image, (params.width, params.height), Image.Resampling.LANCZOS)
-        return {"image": fitted, "strength": strength}
+        settings["reference"] = facts
+        size = (params.width, params.height)
+        arguments = {"image": ImageOps.fit(image, size, Image.Resampling.LANCZOS), "strength": strength}
+        if request.mask is None:
+            return arguments
+        mask = open_mask(request.mask, MAX_REFERENCE_PIXELS, MAX_REFERENCE_BYTES, image.size)
+        fitted = fit_mask(mask, *size, self._inpaint.vae_scale_factor)
+        facts["mask"] = {"width": mask.width, "height": mask.height, "repainted": fitted.repainted}
+        # unlike image-to-image, it does not take the size from the image
+        return arguments | {"mask_image": fitted.image, "width": params.width, "height": params.height}
 
 
 def _to_pictures(images: Any) -> list[Image]:

@@ -27,6 +27,11 @@ class Progress:
     activity: int
     phase_started_monotonic: float
 
+    @property
+    def denoised(self) -> bool:
+        """Whether all steps are done, and what is left goes on beside those of others."""
+        return self.phase == "done" or (self.phase == "decode" and self.step >= self.of)
+
 
 class Ticket:
     """One submitted generation. `cancel` takes effect at once while it waits, then at the next step."""

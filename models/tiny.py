@@ -10,8 +10,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 
@@ -22,8 +23,11 @@ log = structlog.get_logger()
 # Part of the folder's name: raise it when anything below changes what is built.
 RECIPE = 1
 
+Variant = Literal["plain", "inpaint", "two_experts", "expanded_timesteps"]
+
 _STAMP = "ourvidz-tiny.json"
 _SEED = 20250727
+_BOUNDARY = 0.875  # of the noise; above it the one expert works, below it the other, as in Wan2.2-T2V-A14B
 
 # Whole-word tokens for the tokenizers, so that a prompt's token count is near that of the published vocabularies
 # and their budgets (75, 175, 250) mean something here. Any other text falls back to single bytes or characters.
@@ -49,14 +53,18 @@ artifacts jpeg cropped duplicate frame frames static flicker jitter video clip t
 """.split()  # noqa: SIM905 - a list of names would be three pages
 
 
-def ensure_tiny(family: str, root: Path) -> Path:
+def ensure_tiny(family: str, root: Path, variant: Variant = "plain") -> Path:
     """Return the folder of the tiny checkpoint of `family` ("sdxl", "wan" or "qwen") under `root`; build it if absent.
+
+    Variants of SDXL: "inpaint", whose UNet takes nine channels. Of WAN: "two_experts", as WAN 2.2's 14B, and
+    "expanded_timesteps", as its 5B.
 
     Safe when several processes call it at once: each builds in a folder of its own and one rename wins, so that
     a folder under its final name is always complete. Takes seconds once, then nothing.
     """
-    build = _BUILDERS[Family(family)]
-    target = root / f"{Family(family).value}-tiny-{RECIPE}"
+    build = _BUILDERS[Family(family)] if variant == "plain" else _VARIANTS[Family(family), variant]
+    infix = "" if variant == "plain" else f"-{variant.replace('_', '-')}"
+    target = root / f"{Family(family).value}-tiny{infix}-{RECIPE}"
     if (target / _STAMP).is_file():
         return target
     root.mkdir(parents=True, exist_ok=True)
@@ -88,7 +96,7 @@ def _build(build: Callable[[Path], None], folder: Path) -> None:
         build(folder)
 
 
-def _build_sdxl(folder: Path) -> None:
+def _build_sdxl(folder: Path, channels: int = 4) -> None:
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -108,7 +116,7 @@ def _build_sdxl(folder: Path) -> None:
     )
     unet = UNet2DConditionModel(
         sample_size=8,
-        in_channels=4,
+        in_channels=channels,
         out_channels=4,
         layers_per_block=1,
         block_out_channels=(16, 32, 64),
@@ -154,7 +162,7 @@ def _build_sdxl(folder: Path) -> None:
     ).save_pretrained(folder, safe_serialization=True)
 
 
-def _build_wan(folder: Path) -> None:
+def _build_wan(folder: Path, *, experts: int = 1, expand_timesteps: bool = False) -> None:
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -162,18 +170,21 @@ def _build_wan(folder: Path) -> None:
     text_encoder = UMT5EncoderModel(
         UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     )
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=16,
-        out_channels=16,
-        text_dim=32,
-        freq_dim=32,
-        ffn_dim=96,
-        num_layers=2,
-        rope_max_seq_len=128,
-    )
+    transformers = [
+        WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=24,
+            in_channels=16,
+            out_channels=16,
+            text_dim=32,
+            freq_dim=32,
+            ffn_dim=96,
+            num_layers=2,
+            rope_max_seq_len=128,
+        )
+        for _ in range(experts)
+    ]
     vae = AutoencoderKLWan(
         base_dim=4, z_dim=16, dim_mult=[1, 1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
@@ -181,7 +192,14 @@ def _build_wan(folder: Path) -> None:
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
     )
     WanPipeline(
-        tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae,
+        scheduler=scheduler,
+        transformer=transformers[0],
+        transformer_2=transformers[1] if experts == 2 else None,
+        boundary_ratio=_BOUNDARY if experts == 2 else None,
+        expand_timesteps=expand_timesteps,
     ).save_pretrained(folder, safe_serialization=True)
 
 
@@ -212,6 +230,11 @@ _BUILDERS: dict[Family, Callable[[Path], None]] = {
     Family.SDXL: _build_sdxl,
     Family.WAN: _build_wan,
     Family.QWEN: _build_qwen,
+}
+_VARIANTS: dict[tuple[Family, Variant], Callable[[Path], None]] = {
+    (Family.SDXL, "inpaint"): partial(_build_sdxl, channels=9),
+    (Family.WAN, "two_experts"): partial(_build_wan, experts=2),
+    (Family.WAN, "expanded_timesteps"): partial(_build_wan, expand_timesteps=True),
 }
 
 

@@ -1,4 +1,4 @@
-"""WAN: video from text, and single images as runs of one frame.
+"""WAN 2.1 and 2.2: video from text, and single images as runs of one frame.
 
 A request runs through the stock pipeline of diffusers, so its frames are those of the stock pipeline with the same
 parameters. The VAE stays in float32, as its documentation in diffusers asks for.
@@ -25,7 +25,12 @@ SCHEDULERS = {
 
 
 class WAN(PipelineModel):
-    """A `models.generation.Model` for WAN 2.1 text-to-video checkpoints."""
+    """A `models.generation.Model` for WAN text-to-video checkpoints.
+
+    Those of WAN 2.2 with two experts change from `transformer` to `transformer_2` where the noise falls below the
+    checkpoint's `boundary_ratio`; both are guided alike. The 5B model, which gives every token a timestep of its own,
+    is run from text alone.
+    """
 
     def _load_pipeline(self, dtype: Any) -> Any:
         import torch
@@ -39,17 +44,20 @@ class WAN(PipelineModel):
 
     def _generate(self, request: GenerationRequest, watch: Stopwatch) -> Generation:
         params = request.params
-        if params.reference is not None or request.reference is not None:
+        if params.reference is not None or request.reference is not None or request.mask is not None:
             raise InvalidInput("a text-to-video model takes no reference image")
         if params.num_images != 1:
             raise InvalidInput("WAN makes one video or one image for a request")
-        if params.frames % 4 != 1 or params.width % 16 or params.height % 16:
-            raise InvalidInput("WAN needs 4n+1 frames and sizes in multiples of 16")
+        multiple = self._size_multiple()
+        if params.frames % 4 != 1 or params.width % multiple or params.height % multiple:
+            raise InvalidInput(f"this model needs 4n+1 frames and sizes in multiples of {multiple}")
         own = self._own(self._pipeline, self._scheduler(params), request, watch)
         seed = params.seed or 0
         settings = self._settings(own, params) | {
             "seeds": [seed],
             "shift": params.shift,
+            "experts": 1 if self._pipeline.transformer_2 is None else 2,
+            "boundary_ratio": self._pipeline.config.boundary_ratio,
             "vae_dtype": "float32",
             "fallback_used": False,
         }
@@ -75,6 +83,10 @@ class WAN(PipelineModel):
         settings |= {"denoise_steps": own.num_timesteps, **watch.facts}
         pictures = watch.aside(lambda: _to_bytes(frames, params.frames))
         return self._finish(pictures, params, settings, watch, seed)
+
+    def _size_multiple(self) -> int:
+        """Pixels of a patch: 16, or 32 for the 5B model of WAN 2.2. The pipeline would round other sizes down."""
+        return int(self._pipeline.vae_scale_factor_spatial * self._pipeline.transformer.config.patch_size[1])
 
     def _encode(self, own: Any, params: GenerationParams) -> Encoded:
         guided = params.guidance_scale > 1

@@ -24,6 +24,8 @@ from deployments.settings import GENERATED, Settings
 from models.catalog import Family
 from serve_app import events
 from serve_app.api import (
+    assets,
+    conversations,
     endpoints,
     enhancement,
     files,
@@ -31,12 +33,18 @@ from serve_app.api import (
     health,
     jobs,
     keys,
+    library,
+    loras,
     operations,
+    playground,
     problems,
     providers,
+    reruns,
+    uploads,
     users,
+    workspace,
 )
-from serve_app.api.limits import BodyLimit
+from serve_app.api.limits import BodyLimit, FileBodies
 from serve_app.api.wire import CallbackBody
 from serve_app.bootstrap import prepare
 from serve_app.edge import open_edge
@@ -75,11 +83,32 @@ def api(settings: Settings, enhancer: Any = None) -> FastAPI:
         separate_input_output_schemas=False,
     )
     problems.install(app)
-    for module in (jobs, keys, users, endpoints, files, operations, functions, enhancement, providers, health):
+    modules = (
+        jobs,
+        assets,
+        library,
+        uploads,
+        reruns,
+        loras,
+        keys,
+        users,
+        endpoints,
+        files,
+        operations,
+        functions,
+        workspace,
+        enhancement,
+        playground,
+        conversations,
+        providers,
+        health,
+    )
+    for module in modules:
         app.include_router(module.router, responses=problems.DOCUMENTED)
     app.webhooks.include_router(callbacks)
     _document_problems(app)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    files_of = FileBodies(uploads.router.prefix, settings.max_reference_bytes)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, files=files_of)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=["*"],
@@ -164,7 +193,8 @@ def build(args: dict[str, Any]) -> Any:
     """
     settings = _settings(args)
     shared, stop = settings.shared(), settings.drain_seconds + STOP_MARGIN_SECONDS
-    media = [family for family in settings.loaded_profile.models if family is not Family.QWEN]
+    models = settings.loaded_profile.models
+    media = [family for family, spec in models.items() if family is not Family.QWEN and spec.hosted_by is None]
     return _deployment(Api, "api", max_ongoing_requests=1000).bind(
         shared,
         _deployment(EnhancerReplica, "qwen", _resources(settings, Family.QWEN), stop).bind(shared),
@@ -213,6 +243,6 @@ def _deployment(
 
 def _resources(settings: Settings, family: Family) -> dict[str, float]:
     """What one replica of a family reserves, by the profile. A Serve config may say otherwise."""
-    spec = settings.loaded_profile.models.get(family)
-    gpus = spec.num_gpus if spec is not None else 0.0
+    profile = settings.loaded_profile
+    gpus = sum(profile.models[hosted].num_gpus for hosted in profile.hosted(family) if hosted in profile.models)
     return {"num_gpus": gpus, "num_cpus": 1.0 if gpus else 0.1}

@@ -10,10 +10,12 @@ import structlog
 
 from db.access import Access
 from db.migrate import migrate
+from db.offers import Offers
 from db.pool import CONNECTION_FAULTS, DatabaseUnavailable, open_pool
 from db.prompts import Prompts
 from deployments.prompting import negative_rows, template_rows
 from deployments.settings import Settings
+from serve_app.seeds import offered
 
 log = structlog.get_logger()
 
@@ -37,6 +39,7 @@ async def prepare(settings: Settings) -> list[str]:
     pool = await open_pool(url, max_size=2)
     try:
         await Prompts(pool).seed(template_rows(), negative_rows())
+        await Offers(pool).seed(offered())
     finally:
         await pool.close()
     if applied:

@@ -11,16 +11,19 @@ import asyncpg
 from db.access import Access
 from db.blobs import BlobStore, UrlSigner
 from db.callbacks import Callbacks
+from db.costs import CostProfiles
 from db.endpoints import Endpoints
 from db.jobs import Jobs
 from db.notify import Notifier
 from db.pool import open_pool
 from db.prompts import Prompts
 from db.queue import Queue
+from db.training import Trainings
 from db.workers import Workers
 from deployments.egress import Egress
 from deployments.settings import Settings
 from deployments.signatures import CallbackSecrets
+from serve_app.predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Edge:
     callbacks: Callbacks
     endpoints: Endpoints
     callback_secrets: CallbackSecrets
+    predictions: Predictions
+    trainings: Trainings
     enhancer: Any = None
 
 
@@ -66,6 +71,8 @@ async def open_edge(settings: Settings, enhancer: Any = None, name: str = "ourvi
             signer=UrlSigner(settings.secret("signing_secret"), settings.public_url),
             egress=Egress(settings.egress_policy()),
             notifier=notifier,
+            predictions=Predictions(CostProfiles(pool), Jobs(pool)),
+            trainings=Trainings(pool),
             callbacks=Callbacks(pool),
             endpoints=Endpoints(pool),
             callback_secrets=CallbackSecrets(settings.secret("callback_secret")),

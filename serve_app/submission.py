@@ -19,12 +19,14 @@ from db.pool import CONNECTION_FAULTS
 from deployments.destinations import EgressError
 from deployments.storing import REFERENCE_BUCKET
 from models.catalog import Family, FamilyDefaults, JobType, resolve
+from models.costs import shape_name
 from models.params import FieldError, GenerationParams, GivenParams, InvalidParams, Resolved, resolve_params
 from models.policy import check_prompt
 from models.profile import ModelSpec
 from serve_app.api.problems import Problem, problem_of
 from serve_app.api.wire import Adjusted, FieldProblem
 from serve_app.edge import Edge
+from serve_app.lora_names import known_loras
 from serve_app.references import forget_references, keep_reference
 
 ENHANCE_SECONDS = 3.0  # of predicted work, until runs have been measured
@@ -44,6 +46,7 @@ class Submission:
     reference_url: str | None = None
     reference_strength: float | None = None
     reference_kind: str | None = None
+    mask_url: str | None = None  # of the reference
     callback_url: str | None = None
     callback_events: list[str] | None = None
     interactive: bool = True
@@ -75,7 +78,7 @@ async def submit(
         if earlier is not None:
             return earlier[0]
     job, stored = await _prepare(edge, user, asked, await check(edge, user, asked))
-    async with _kept(edge, [stored] if stored else []) as keep:
+    async with kept_references(edge, stored) as keep:
         accepted = await edge.jobs.accept(job, idempotency_key=idempotency_key, body=body)
         keep(not accepted.replayed)
     if not accepted.replayed:
@@ -98,12 +101,12 @@ async def submit_together(
     for n, one in enumerate(asked):
         with _numbered(n):
             checked.append(await check(edge, user, one))
-    async with _kept(edge, stored) as keep:
+    async with kept_references(edge, stored) as keep:
         for n, one in enumerate(asked):
             with _numbered(n):
-                job, key = await _prepare(edge, user, one, checked[n])
+                job, keys = await _prepare(edge, user, one, checked[n])
             jobs.append(job)
-            stored += [key] if key else []
+            stored += keys
         accepted = await edge.jobs.accept_together(jobs, idempotency_key=idempotency_key, body=body)
         keep(not accepted[0].replayed)
     if not accepted[0].replayed:
@@ -113,7 +116,7 @@ async def submit_together(
 
 
 @contextlib.asynccontextmanager
-async def _kept(edge: Edge, references: list[str]) -> AsyncIterator[Callable[[bool], None]]:
+async def kept_references(edge: Edge, references: list[str]) -> AsyncIterator[Callable[[bool], None]]:
     """Keeps stored references if the body says so, and deletes them if not, or if it fails."""
     keep = False
 
@@ -148,16 +151,19 @@ def _numbered(n: int) -> Iterator[None]:
         raise Problem(problem.status, problem.code, problem.detail, errors=errors) from None
 
 
-async def _prepare(edge: Edge, user: Principal, asked: Submission, checked: Checked) -> tuple[NewJob, str | None]:
-    """The row of a job, and the key of the reference that was stored for it."""
-    job_type, params, stored = checked.job_type, checked.resolved.params, None
+async def _prepare(edge: Edge, user: Principal, asked: Submission, checked: Checked) -> tuple[NewJob, list[str]]:
+    """The row of a job, and the keys of the reference and the mask that were stored for it."""
+    job_type, params, stored = checked.job_type, checked.resolved.params, list[str]()
     if params.seed is None:
         params = params.model_copy(update={"seed": secrets.randbelow(2**32)})
     job_id = asked.job_id or UUID(int=uuid7().int)
     if asked.reference_url is not None and params.reference is not None:
         # where the id is not a new one, another job may have it, whose file must not be written over
         name = f"{job_id}.{secrets.token_hex(8)}" if asked.job_id else str(job_id)
-        params, stored = await keep_reference(edge, asked.reference_url, f"{user.user_id}/{name}", params)
+        reference = await keep_reference(
+            edge, asked.reference_url, asked.mask_url, f"{user.user_id}/{name}", params.reference
+        )
+        params, stored = params.model_copy(update={"reference": reference}), [*reference.keys]
     job = NewJob(
         id=job_id,
         user_id=user.user_id,
@@ -167,11 +173,13 @@ async def _prepare(edge: Edge, user: Principal, asked: Submission, checked: Chec
         model_type=job_type.family.value,
         stage=Stage.ENHANCE if checked.enhances else Stage.GENERATE,
         queue=Family.QWEN.value if checked.enhances else job_type.family.value,
-        cost=ENHANCE_SECONDS if checked.enhances else await predicted_seconds(edge, job_type),
+        cost=ENHANCE_SECONDS if checked.enhances else await edge.predictions.seconds(job_type, params),
         credits=job_type.credits,
         original_prompt=params.prompt,
         enhanced_prompt=checked.enhanced,
         params=params.model_dump(mode="json"),
+        shape=shape_name(params),
+        loras=[use.name for use in params.loras],
         content_mode=params.content_mode,
         metadata=asked.metadata,
         adjustments=[dict(vars(a)) for a in (*asked.adjustments, *checked.resolved.adjustments)],
@@ -191,12 +199,13 @@ async def check(edge: Edge, user: Principal, asked: Submission) -> Checked:
     """Everything that can be said of a submission before its reference is fetched. Raises as `submit` does."""
     check_metadata(asked.metadata)
     job_type = resolve(asked.job_type)
-    spec = _installed(edge, job_type)
+    spec = installed(edge, job_type)
     given = _given(asked)
-    _check_content_mode(edge, user, given, asked)
+    check_content_mode(edge, user, given.content_mode, with_upload=asked.reference_url is not None)
     assert spec.defaults is not None  # every media family has them
     try:
-        resolved = resolve_params(job_type, given, spec.defaults)
+        known = await known_loras(edge, spec, given.loras or ())
+        resolved = resolve_params(job_type, given, spec.defaults, known)
     except InvalidParams as error:
         raise _as_given(error) from None
     params = resolved.params
@@ -209,13 +218,8 @@ async def check(edge: Edge, user: Principal, asked: Submission) -> Checked:
     return Checked(job_type, resolved, enhanced, enhances)
 
 
-async def predicted_seconds(edge: Edge, job_type: JobType) -> float:
-    """What a run costs in fair sharing: the measured mean, or the catalog's guess before the first run."""
-    measured = await edge.jobs.run_seconds(job_type.name)
-    return max(measured if measured is not None else job_type.initial_seconds, 0.001)
-
-
-def _installed(edge: Edge, job_type: JobType) -> ModelSpec:
+def installed(edge: Edge, job_type: JobType) -> ModelSpec:
+    """The profile's model for a job type. Raises `Problem` where it has none."""
     spec = edge.settings.loaded_profile.models.get(job_type.family)
     if spec is None:
         name = edge.settings.loaded_profile.name
@@ -238,9 +242,16 @@ def _given(asked: Submission) -> GivenParams:
             reference["kind"] = asked.reference_kind
         values["reference"] = reference
     else:
-        for name, value in (("strength", asked.reference_strength), ("type", asked.reference_kind)):
-            if value is not None:
-                errors.append(FieldError(f"reference_{name}", "needs a reference_image_url", "conflict"))
+        needing = {
+            "reference_strength": asked.reference_strength,
+            "reference_type": asked.reference_kind,
+            "mask_image_url": asked.mask_url,
+        }
+        errors += [
+            FieldError(name, "needs a reference_image_url", "conflict")
+            for name, value in needing.items()
+            if value is not None
+        ]
     if errors:
         raise InvalidParams(errors)
     try:
@@ -302,14 +313,15 @@ def _as_given(error: InvalidParams) -> InvalidParams:
     return InvalidParams([FieldError(_WIRE_NAMES.get(e.field, e.field), e.message, e.code) for e in error.errors])
 
 
-def _check_content_mode(edge: Edge, user: Principal, given: GivenParams, asked: Submission) -> None:
-    if given.content_mode != "nsfw":
+def check_content_mode(edge: Edge, user: Principal, mode: str | None, *, with_upload: bool) -> None:
+    """Raise `Problem` where this user may not have that content mode here, with or without an uploaded reference."""
+    if mode != "nsfw":
         return
     if not edge.settings.loaded_profile.nsfw_allowed:
         raise Problem(403, "nsfw_not_allowed", "this installation makes sfw content only", field="content_mode")
     if not user.age_verified:
         raise Problem(403, "age_not_verified", "nsfw content needs an age-verified user", field="content_mode")
-    if asked.reference_url is not None:
+    if with_upload:
         message = "in nsfw mode a reference must be an image that this system made"
         raise Problem(403, "reference_not_allowed", message, field="reference_image_url")
 

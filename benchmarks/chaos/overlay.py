@@ -5,6 +5,7 @@ replica's write harmless: owner and attempt. So any replica may renew, settle an
 """
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 PACKAGES = ("serve_app", "deployments", "models", "db", "configs")
@@ -34,11 +35,15 @@ def copy_code(root: Path, folder: Path, mutation: str | None = None) -> Path:
     for package in PACKAGES:
         shutil.copytree(root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name, replacements in MUTATIONS[mutation].items() if mutation else ():
-        path = folder / name
-        text = path.read_text(encoding="utf-8")
-        for before, after in replacements:
-            if text.count(before) != 1:
-                raise MutationMisses(f"{name}: {before}")
-            text = text.replace(before, after)
-        path.write_text(text, encoding="utf-8")
+        replace_text(folder / name, replacements)
     return folder
+
+
+def replace_text(path: Path, replacements: Iterable[tuple[str, str]]) -> None:
+    """Put each second text in the place of the first. Raises `MutationMisses`."""
+    text = path.read_text(encoding="utf-8")
+    for before, after in replacements:
+        if text.count(before) != 1:
+            raise MutationMisses(f"{path.name}: {before}")
+        text = text.replace(before, after)
+    path.write_text(text, encoding="utf-8")

@@ -22,7 +22,7 @@ FAR = """
   FROM job_queue q JOIN workers w ON w.id = q.worker JOIN jobs j ON j.id = q.job_id
   WHERE q.state = 'running' AND j.metadata ? 'to_hit' AND q.attempt = 1
     AND (q.phase = 'decode' OR q.phase = 'denoise' AND q.step >= 2)"""
-JOB = "SELECT status, attempts FROM jobs WHERE id = $1"
+JOB = "SELECT status, attempts FROM current_jobs WHERE id = $1"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,18 @@ UNION ALL
 SELECT 'user-library', thumbnail_path, NULL FROM user_library WHERE thumbnail_path IS NOT NULL
 UNION ALL
 SELECT params -> 'reference' ->> 'bucket', params -> 'reference' ->> 'key', NULL FROM jobs
-WHERE params -> 'reference' ->> 'key' IS NOT NULL;
+WHERE params -> 'reference' ->> 'key' IS NOT NULL
+UNION ALL
+SELECT params #>> '{reference,mask,bucket}', params #>> '{reference,mask,key}', NULL FROM jobs
+WHERE params #>> '{reference,mask,key}' IS NOT NULL;
+
+-- name: has_uploads()$
+-- A database of an older version has none.
+SELECT to_regclass('public.reference_uploads') IS NOT NULL;
+
+-- name: uploads()
+-- The files of uploads, as `files` tells the others.
+SELECT 'reference_images' AS bucket, storage_path AS key, file_size_bytes AS size FROM reference_uploads;
 
 -- name: has_archives()$
 -- A database of an older version, which is backed up before it is migrated, has none.

@@ -15,10 +15,12 @@ SELECT (SELECT count(*) FROM jobs WHERE user_id = :user_id) AS jobs,
 -- name: stop_jobs(user_id)
 -- Take all open jobs of a user from their queues and replicas: whoever runs one finds no row to write to.
 WITH gone AS (
-  DELETE FROM job_queue WHERE user_id = :user_id RETURNING job_id
+  DELETE FROM job_queue WHERE user_id = :user_id RETURNING job_id, attempt, started_at
 ), ended AS (
-  UPDATE jobs SET status = 'cancelled', completed_at = now(), event_seq = event_seq + 1
-  WHERE id = ANY (ARRAY(SELECT job_id FROM gone)) AND completed_at IS NULL
+  UPDATE jobs j
+  SET status = 'cancelled', completed_at = now(), updated_at = now(), attempts = g.attempt, event_seq = j.event_seq + 2,
+      started_at = coalesce(j.started_at, g.started_at)
+  FROM gone g WHERE j.id = g.job_id AND j.completed_at IS NULL
 )
 SELECT job_id FROM gone;
 

@@ -7,7 +7,7 @@ WITH given AS MATERIALIZED (
     original_prompt text, enhanced_prompt text, params jsonb, metadata jsonb, adjustments jsonb, max_attempts int,
     callback_url text, callback_events text[], destination text, traceparent text,
     queue text, class smallint, cost real, start_after_seconds double precision, start_deadline_seconds double precision,
-    deadline_seconds double precision, credits numeric)
+    deadline_seconds double precision, credits numeric, batch_size smallint, shape text, loras text[])
 ), made AS (
   INSERT INTO jobs (id, user_id, job_type, format, quality, model_type, stage, content_mode, original_prompt,
                     enhanced_prompt, params, metadata, adjustments, max_attempts, callback_url, callback_events,
@@ -19,13 +19,14 @@ WITH given AS MATERIALIZED (
   FROM given
   RETURNING id
 ), queued AS (
-  INSERT INTO job_queue (job_id, user_id, queue, class, tag, cost, state, run_at, max_attempts, start_deadline, deadline)
+  INSERT INTO job_queue (job_id, user_id, queue, class, tag, cost, state, run_at, max_attempts, start_deadline, deadline,
+                         batch_size, shape, loras)
   SELECT id, user_id, queue, class,
          CASE WHEN start_after_seconds > 0 THEN 0 ELSE ourvidz.next_tag(queue, user_id, class, cost) END, cost,
          (CASE WHEN start_after_seconds > 0 THEN 'scheduled' ELSE 'ready' END)::queue_state,
          now() + make_interval(secs => coalesce(start_after_seconds, 0)),
          max_attempts, now() + make_interval(secs => start_deadline_seconds),
-         now() + make_interval(secs => deadline_seconds)
+         now() + make_interval(secs => deadline_seconds), batch_size, shape, loras
   FROM (SELECT * FROM given ORDER BY queue, user_id, class, id) in_order
 ), noted AS (
   INSERT INTO job_events (job_id, user_id, attempt, kind, data)
@@ -43,11 +44,15 @@ SELECT to_jsonb(j) AS job,
           SELECT queue, class, state, run_at, attempt, failures, cancel, phase, step, steps, preview_step, preview_steps
           FROM job_queue WHERE job_id = j.id) q) AS queue,
        (SELECT to_jsonb(s) FROM ourvidz.standing(j.id) s WHERE j.status = 'queued') AS standing,
-       (SELECT coalesce(jsonb_agg(to_jsonb(a) ORDER BY a.asset_index), '[]') FROM workspace_assets a WHERE a.job_id = j.id) AS assets,
+       (SELECT coalesce(jsonb_agg(to_jsonb(a) ORDER BY a.asset_index), '[]') FROM (
+          -- neither settings nor manifest, which would be most of a page
+          SELECT id, asset_index, asset_type, temp_storage_path, thumbnail_path, mime_type, file_size_bytes, width, height,
+                 frames, fps, duration_seconds, generation_seed, model_used, expires_at, manifest IS NOT NULL AS has_manifest
+          FROM workspace_assets WHERE job_id = j.id) a) AS assets,
        (SELECT coalesce(jsonb_agg(to_jsonb(o) ORDER BY o.seq), '[]') FROM (
           SELECT id, seq, event_type, state, attempts, last_status, last_error, delivered_at
           FROM callback_outbox WHERE job_id = j.id) o) AS callbacks
-FROM jobs j WHERE j.id = :job_id;
+FROM current_jobs j WHERE j.id = :job_id;
 
 -- name: list_page(user_id, status, job_type, created_after, before, after, page_size)
 -- Jobs, newest first. `before` and `after` are ids; ids are ordered by time.
@@ -56,17 +61,26 @@ SELECT to_jsonb(j) AS job,
           SELECT queue, class, state, run_at, attempt, failures, cancel, phase, step, steps, preview_step, preview_steps
           FROM job_queue WHERE job_id = j.id) q) AS queue,
        NULL::jsonb AS standing,
-       (SELECT coalesce(jsonb_agg(to_jsonb(a) ORDER BY a.asset_index), '[]') FROM workspace_assets a WHERE a.job_id = j.id) AS assets,
+       (SELECT coalesce(jsonb_agg(to_jsonb(a) ORDER BY a.asset_index), '[]') FROM (
+          -- neither settings nor manifest, which would be most of a page
+          SELECT id, asset_index, asset_type, temp_storage_path, thumbnail_path, mime_type, file_size_bytes, width, height,
+                 frames, fps, duration_seconds, generation_seed, model_used, expires_at, manifest IS NOT NULL AS has_manifest
+          FROM workspace_assets WHERE job_id = j.id) a) AS assets,
        '[]'::jsonb AS callbacks
-FROM jobs j
+FROM current_jobs j
 WHERE (:user_id::uuid IS NULL OR j.user_id = :user_id)
-  AND (:status::text IS NULL OR j.status = :status)
+  -- as a number it is taken to be every third row; as it stands it would be one in 200, and all of them read and sorted
+  AND (:status::text IS NULL OR (j.status = :status)::int > 0)
   AND (:job_type::text IS NULL OR j.job_type = :job_type)
   AND (:created_after::timestamptz IS NULL OR j.created_at > :created_after)
   AND (:before::uuid IS NULL OR j.id < :before)
   AND (:after::uuid IS NULL OR j.id > :after)
 ORDER BY CASE WHEN :after::uuid IS NOT NULL AND :before::uuid IS NULL THEN j.id END ASC, j.id DESC
 LIMIT :page_size::int;
+
+-- name: manifest(job_id, asset_index)$
+-- What a file was made from and by.
+SELECT manifest FROM workspace_assets WHERE job_id = :job_id AND asset_index = :asset_index;
 
 -- name: run_seconds(job_type)$
 -- Mean seconds of the recent completed runs of a type; null before the first.
@@ -84,7 +98,7 @@ FROM jobs j LEFT JOIN job_queue q ON q.job_id = j.id WHERE j.id = ANY(:job_ids::
 SELECT id, job_id, attempt, kind, at, data FROM job_events
 WHERE job_id = :job_id AND id > :after_id ORDER BY id LIMIT :page_size::int;
 
--- name: retry(job_id, cost, queue)^
+-- name: retry(job_id, cost, queue, shape, loras)^
 -- A new budget for a job that failed or was cancelled. The attempt goes on counting, so that a late replica stays out;
 -- its deadlines are counted anew, as a retry is a new run.
 WITH again AS (
@@ -93,9 +107,11 @@ WITH again AS (
   WHERE id = :job_id AND status IN ('failed', 'cancelled')
   RETURNING *
 ), queued AS (
-  INSERT INTO job_queue (job_id, user_id, queue, class, tag, cost, attempt, max_attempts, start_deadline, deadline)
+  INSERT INTO job_queue (job_id, user_id, queue, class, tag, cost, attempt, max_attempts, started_at, start_deadline,
+                         deadline, shape, loras)
   SELECT id, user_id, :queue, class, ourvidz.next_tag(:queue, user_id, class, :cost), :cost, attempts, max_attempts,
-         now() + make_interval(secs => start_deadline_seconds), now() + make_interval(secs => deadline_seconds)
+         started_at, now() + make_interval(secs => start_deadline_seconds), now() + make_interval(secs => deadline_seconds),
+         :shape, :loras
   FROM again
 ), noted AS (
   INSERT INTO job_events (job_id, user_id, attempt, kind, data)
@@ -107,7 +123,7 @@ SELECT id, stage, model_type FROM again;
 
 -- name: read_bare(job_id)^
 -- Where a job stands, without what hangs on it.
-SELECT status, attempts, worker, stage FROM jobs WHERE id = :job_id;
+SELECT status, attempts, worker, stage FROM current_jobs WHERE id = :job_id;
 
 -- name: provider(job_id)$
 -- Who runs a job: `local`, or an outside provider.
@@ -117,7 +133,9 @@ SELECT provider FROM jobs WHERE id = :job_id;
 -- Delete an ended job with all that hangs on it (assets, events, callbacks, keys), leaving one audit row. The keys of
 -- its files come back, for the caller to delete.
 WITH doomed AS MATERIALIZED (
-  SELECT j.id, j.user_id, j.job_type, j.params -> 'reference' ->> 'key' AS reference_key FROM jobs j
+  SELECT j.id, j.user_id, j.job_type,
+         array_remove(ARRAY[j.params #>> '{reference,key}', j.params #>> '{reference,mask,key}'], NULL) AS reference_keys
+  FROM jobs j
   WHERE j.id = :job_id AND j.status IN ('completed', 'failed', 'cancelled')
     AND NOT EXISTS (SELECT FROM job_queue q WHERE q.job_id = j.id)
   FOR UPDATE
@@ -131,4 +149,4 @@ WITH doomed AS MATERIALIZED (
   INSERT INTO user_activity_log (user_id, action, resource_type, resource_id, metadata)
   SELECT :actor, 'job.erased', 'job', d.id::text, jsonb_build_object('owner', d.user_id, 'job_type', d.job_type) FROM doomed d
 )
-SELECT d.id, d.user_id, files.keys, d.reference_key FROM doomed d, files WHERE EXISTS (SELECT FROM gone);
+SELECT d.id, d.user_id, files.keys, d.reference_keys FROM doomed d, files WHERE EXISTS (SELECT FROM gone);

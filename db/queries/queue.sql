@@ -1,47 +1,76 @@
--- name: claim(queue, slots, worker, lease_seconds)
--- Take up to `slots` waiting jobs: highest class, then fair share, then age. Sets owner, lease and the next attempt.
-WITH picked AS MATERIALIZED (
-  SELECT job_id FROM job_queue
+-- name: fitting(queue, slots, worker, shapes, loras, window, look)
+-- Of the first `look` waiting jobs, those that may be taken before their turn because they share the forwards of what
+-- runs already: of the highest class, at most `window` seconds of fair share behind the first, of one of the `shapes`, and
+-- with no LoRA but these. Nothing is locked; what is gone at the claim is not taken.
+WITH head AS MATERIALIZED (
+  SELECT job_id, class, tag, shape, loras FROM job_queue
   WHERE queue = :queue AND state = 'ready'
     AND (start_deadline IS NULL OR start_deadline > now() OR claimed_at IS NOT NULL) AND (deadline IS NULL OR deadline > now())
     AND (avoid_until IS NULL OR avoid_until <= now() OR avoid_worker <> :worker)
-    AND NOT EXISTS (SELECT FROM queues WHERE name = :queue AND paused)
+  ORDER BY class DESC, tag, job_id LIMIT :look::int
+)
+SELECT h.job_id FROM head h, (SELECT class, tag FROM head ORDER BY class DESC, tag, job_id LIMIT 1) first
+WHERE h.class = first.class AND h.tag <= first.tag + :window::float8
+  AND h.shape = ANY (:shapes::text[]) AND coalesce(h.loras, '{}') <@ :loras::text[]
+ORDER BY h.tag, h.job_id LIMIT :slots::int;
+
+-- name: claim(queue, slots, worker, lease_seconds, chosen)
+-- Take up to `slots` waiting jobs: the `chosen` ones, then by highest class, fair share and age. Sets owner, lease and
+-- the next attempt, in the queue alone: the job's own row is written when the run is over, and its event is the record
+-- until then.
+WITH stopped AS MATERIALIZED (
+  SELECT FROM queues WHERE name = :queue AND paused
+), before AS MATERIALIZED (
+  SELECT ctid FROM job_queue
+  WHERE job_id = ANY (:chosen::uuid[]) AND queue = :queue AND state = 'ready' AND NOT EXISTS (SELECT FROM stopped)
+  FOR UPDATE SKIP LOCKED
+), picked AS MATERIALIZED (
+  SELECT ctid FROM job_queue
+  WHERE queue = :queue AND state = 'ready' AND job_id <> ALL (:chosen::uuid[])
+    AND (start_deadline IS NULL OR start_deadline > now() OR claimed_at IS NOT NULL) AND (deadline IS NULL OR deadline > now())
+    AND (avoid_until IS NULL OR avoid_until <= now() OR avoid_worker <> :worker)
+    AND NOT EXISTS (SELECT FROM stopped)
   ORDER BY class DESC, tag, job_id
-  LIMIT :slots::int FOR UPDATE SKIP LOCKED
+  LIMIT :slots::int - (SELECT count(*) FROM before) FOR UPDATE SKIP LOCKED
 ), claimed AS (
   UPDATE job_queue q
   SET state = 'running', attempt = q.attempt + 1, worker = :worker, phase = 'claimed', step = NULL, steps = NULL,
-      preview_step = NULL, preview_steps = NULL,
+      preview_step = NULL, preview_steps = NULL, started_at = coalesce(q.started_at, now()),
       claimed_at = clock_timestamp(), lease_until = clock_timestamp() + make_interval(secs => :lease_seconds::float8)
-  -- an array, not a join: a prepared plan does not know the limit, and would join its guess by reading the whole table
-  WHERE q.job_id = ANY (ARRAY(SELECT job_id FROM picked))
-  RETURNING q.*
+  -- by where they stand, as they are locked; an array, not a join: a prepared plan does not know the limit, and would
+  -- join its guess by reading the whole table
+  WHERE q.ctid = ANY (ARRAY(SELECT ctid FROM before UNION ALL SELECT ctid FROM picked))
+  RETURNING q.job_id, q.attempt, q.class, q.tag, q.started_at, q.failures, q.batch_size,
+            extract(epoch FROM q.deadline - now())::float8 AS deadline_seconds,
+            q.avoid_worker IS NOT NULL AS moved_for_memory, extract(epoch FROM now() - q.outage_since)::float8 AS outage_seconds
 ), clock AS (
   UPDATE queues SET clock = greatest(clock, top.tag), batch_clock = greatest(batch_clock, top.batch_tag)
   FROM (SELECT max(tag) FILTER (WHERE class > 0) AS tag, max(tag) FILTER (WHERE class = 0) AS batch_tag FROM claimed) top
   WHERE name = :queue AND (clock < top.tag OR batch_clock < top.batch_tag)
 ), started AS (
-  UPDATE jobs j
-  SET status = 'processing', attempts = c.attempt, event_seq = j.event_seq + 1, started_at = coalesce(j.started_at, now()),
-      -- a claim may have begun before the acceptance of the job that it finds
-      queue_wait_ms = coalesce(j.queue_wait_ms, greatest(0, (extract(epoch FROM now() - j.created_at) * 1000)::bigint))
-  FROM claimed c WHERE j.id = c.job_id
-  -- the columns beside the row: taking one out of it later costs a walk over all of them
-  RETURNING j AS job, j.id, j.user_id, j.job_type, j.stage, j.content_mode, j.original_prompt, j.enhanced_prompt,
-            j.enhancement, j.params, j.attempts, j.queue_wait_ms, j.max_attempts, j.started_at,
-            c.failures AS budget_used, c.worker, c.class, c.tag, c.batch_size,
-            c.avoid_worker IS NOT NULL AS moved_for_memory, extract(epoch FROM now() - c.outage_since)::float8 AS outage_seconds
+  SELECT c.*, j.user_id, j.job_type, j.stage, j.content_mode, j.original_prompt, j.enhanced_prompt, j.enhancement, j.params,
+         j.max_attempts, j.event_seq, j.callback_url, j.callback_events, j.metadata,
+         coalesce(j.queue_wait_ms, ourvidz.waited_ms(j.created_at, c.started_at)) AS queue_wait_ms
+  FROM claimed c JOIN jobs j ON j.id = c.job_id
 ), noted AS (
+  -- there are two stages, and one worker: what is told of them is made once
   INSERT INTO job_events (job_id, user_id, attempt, kind, data)
-  SELECT id, user_id, attempts, 'started', jsonb_build_object('stage', stage, 'worker', worker) FROM started
+  SELECT job_id, user_id, attempt, 'started',
+         CASE stage WHEN 'enhance' THEN (SELECT jsonb_build_object('stage', 'enhance', 'worker', :worker::uuid))
+                    ELSE (SELECT jsonb_build_object('stage', 'generate', 'worker', :worker::uuid)) END
+  FROM started
 ), called AS (
   -- told once: at the first start, which is the one whose start time is this transaction's
   INSERT INTO callback_outbox (id, job_id, user_id, endpoint_id, seq, event_type, terminal, url, body)
-  SELECT c.* FROM started s CROSS JOIN LATERAL ourvidz.callback_for(s.job, '[]', '{}') c WHERE s.started_at = now()
+  SELECT c.* FROM started s CROSS JOIN LATERAL ourvidz.callbacks_of(
+    s.job_id, s.user_id, s.event_seq + 1, 'processing', s.attempt, s.job_type, s.callback_url, s.callback_events,
+    s.metadata, NULL, NULL, NULL, NULL) c
+  WHERE s.started_at = now()
 )
-SELECT id, user_id, job_type, stage, content_mode, original_prompt, enhanced_prompt, enhancement, params, attempts,
-       queue_wait_ms, budget_used, max_attempts, batch_size, moved_for_memory, outage_seconds
-FROM started ORDER BY class DESC, tag, id;
+SELECT job_id AS id, user_id, job_type, stage, content_mode, original_prompt, enhanced_prompt, enhancement, params,
+       attempt AS attempts, queue_wait_ms, failures AS budget_used, max_attempts, batch_size, moved_for_memory,
+       outage_seconds, class, deadline_seconds
+FROM started ORDER BY class DESC, tag, job_id;
 
 -- name: renew(job_ids, attempts, phases, steps, totals, preview_steps, preview_totals, worker, lease_seconds)
 -- Renew the leases of a replica's jobs with their progress. A job that is missing from the answer was lost.
@@ -54,41 +83,47 @@ FROM unnest(:job_ids::uuid[], :attempts::int[], :phases::text[], :steps::int[], 
 WHERE q.job_id = g.job_id AND q.attempt = g.attempt AND q.state = 'running' AND q.worker = :worker
 RETURNING q.job_id, q.cancel;
 
--- name: settle(rows)
--- End jobs. `attempt` is the fence: with it, only a running job under that very attempt ends; without it, only one
--- that is not running. `expired` ends it only if its lease has run out. What did not end is missing from the answer,
--- which names the rows by their `n`, as two of them may speak of one job.
+-- name: settle(job_ids, attempts, statuses, times, workers, details)
+-- End jobs. The attempt is the fence: with it, only a running job under that very attempt ends; without it, only one
+-- that is not running. `details` are what few have: the error, `counts`, `expired` (only if the lease has run out),
+-- settings, assets, callback_assets, facts, compute_seconds (the share of a replica that it had, in the place of the time
+-- since its claim). What did not end is missing from the answer, which names the rows by their
+-- `n`, counted from 1.
 WITH given AS MATERIALIZED (
-  SELECT * FROM jsonb_to_recordset(:rows::jsonb) AS g(
-    n int, job_id uuid, attempt int, expired boolean, status text, error_code text, error_message text, retryable boolean,
-    counts boolean, settings jsonb, generation_time_ms bigint, worker uuid, assets jsonb, callback_assets jsonb, facts jsonb)
+  SELECT * FROM unnest(:job_ids::uuid[], :attempts::int[], :statuses::text[], :times::bigint[], :workers::uuid[],
+                       :details::jsonb[])
+    WITH ORDINALITY AS g(job_id, attempt, status, generation_time_ms, worker, details, n)
 ), gone AS (
   DELETE FROM job_queue q USING given g
   WHERE q.job_id = g.job_id
     AND CASE WHEN g.attempt IS NULL THEN q.state <> 'running' ELSE q.state = 'running' AND q.attempt = g.attempt END
-    AND (g.expired IS NOT TRUE OR q.lease_until < clock_timestamp())
-  RETURNING q.job_id, q.user_id, q.queue, q.class, q.cost, q.state, q.claimed_at, q.attempt, q.failures, g.n, g.status,
-            g.error_code, g.error_message, g.retryable, g.counts, g.settings, g.generation_time_ms, g.worker, g.assets,
-            g.callback_assets, g.facts
+    AND (g.details -> 'expired' IS NULL OR q.lease_until < clock_timestamp())
+  RETURNING q.job_id, q.user_id, q.queue, q.class, q.cost, q.state, q.claimed_at, q.started_at, q.attempt, q.failures, g.n,
+            g.status, g.generation_time_ms, g.worker, g.details
 ), charged AS (
   -- the user was charged what was predicted; in the order of the key, so that two finishers can't lock each other out
   INSERT INTO fair_shares AS f (queue, user_id, class, last_finish)
   SELECT queue, user_id, class, sum(CASE state WHEN 'running'
-    THEN greatest(0, extract(epoch FROM clock_timestamp() - claimed_at)::float8) - cost ELSE -cost END)
+    THEN coalesce((details ->> 'compute_seconds')::float8,
+                  greatest(0, extract(epoch FROM clock_timestamp() - claimed_at)::float8)) - cost ELSE -cost END)
   FROM gone WHERE state <> 'scheduled' GROUP BY queue, user_id, class ORDER BY queue, user_id, class
   ON CONFLICT (queue, user_id, class) DO UPDATE SET last_finish = f.last_finish + excluded.last_finish / f.weight
 ), ended AS (
+  -- the number of the event grows by two: a claim's callback has the one between, and writes it nowhere
   UPDATE jobs j
-  SET status = g.status, completed_at = now(), attempts = g.attempt, event_seq = j.event_seq + 1,
-      failures = g.failures + coalesce(g.counts, false)::int,
-      error_code = g.error_code, error_message = g.error_message, retryable = g.retryable,
-      generation_settings = coalesce(g.settings, j.generation_settings), worker = coalesce(g.worker, j.worker),
+  SET status = g.status, completed_at = now(), updated_at = now(), attempts = g.attempt, event_seq = j.event_seq + 2,
+      started_at = coalesce(j.started_at, g.started_at),
+      queue_wait_ms = coalesce(j.queue_wait_ms, ourvidz.waited_ms(j.created_at, g.started_at)),
+      failures = g.failures + (g.details -> 'counts' IS NOT NULL)::int,
+      error_code = g.details ->> 'error_code', error_message = g.details ->> 'error_message',
+      retryable = (g.details ->> 'retryable')::boolean,
+      generation_settings = coalesce(g.details -> 'settings', j.generation_settings), worker = coalesce(g.worker, j.worker),
       generation_time_ms = coalesce(g.generation_time_ms, j.generation_time_ms)
   FROM gone g  -- with what was given, as joining it again would cost the square of a batch
   WHERE j.id = g.job_id
-  RETURNING j AS job, j.id, j.user_id, j.job_type, j.status, j.attempts, j.error_code, j.error_message, j.retryable,
+  RETURNING j.id, j.user_id, j.job_type, j.status, j.attempts, j.error_code, j.error_message, j.retryable, j.event_seq,
             j.generation_time_ms + coalesce(j.enhancement_time_ms, 0) AS run_ms, j.original_prompt,
-            g.n, g.assets, g.callback_assets, g.facts
+            j.callback_url, j.callback_events, j.metadata, g.n, g.details
 ), timed AS (
   INSERT INTO run_times AS t (job_type, seconds, runs)
   SELECT job_type, avg(run_ms) / 1000, count(*) FROM ended
@@ -98,28 +133,33 @@ WITH given AS MATERIALIZED (
 ), stored AS (
   INSERT INTO workspace_assets (id, user_id, job_id, asset_index, attempt, asset_type, temp_storage_path, thumbnail_path,
                                 mime_type, file_size_bytes, width, height, frames, fps, duration_seconds, generation_seed,
-                                original_prompt, model_used, generation_settings)
+                                original_prompt, model_used, generation_settings, manifest)
   SELECT a.id, e.user_id, e.id, a.asset_index, e.attempts, a.asset_type, a.key, a.thumbnail_key,
          a.mime_type, a.file_size_bytes, a.width, a.height, a.frames, a.fps, a.duration_seconds, a.seed,
-         e.original_prompt, a.model_used, coalesce(a.settings, '{}')
-  FROM ended e CROSS JOIN LATERAL jsonb_to_recordset(e.assets) AS a(
+         e.original_prompt, a.model_used, coalesce(a.settings, '{}'), a.manifest
+  FROM (SELECT * FROM ended WHERE details -> 'assets' IS NOT NULL) e CROSS JOIN LATERAL jsonb_to_recordset(e.details -> 'assets') AS a(
     id uuid, asset_index int, asset_type text, key text, thumbnail_key text, mime_type text, file_size_bytes bigint,
-    width int, height int, frames int, fps numeric, duration_seconds numeric, seed bigint, model_used text, settings jsonb)
+    width int, height int, frames int, fps numeric, duration_seconds numeric, seed bigint, model_used text, settings jsonb,
+    manifest jsonb)
 ), noted AS (
   INSERT INTO job_events (job_id, user_id, attempt, kind, data)
-  SELECT id, user_id, attempts, status, jsonb_strip_nulls(jsonb_build_object(
-    'error_code', error_code, 'error_message', error_message, 'retryable', retryable,
-    'assets', jsonb_array_length(assets)))
+  SELECT id, user_id, attempts, status,
+         CASE WHEN details IS NULL THEN '{"assets": 0}'
+              ELSE jsonb_strip_nulls(jsonb_build_object(
+                'error_code', error_code, 'error_message', error_message, 'retryable', retryable,
+                'assets', coalesce(jsonb_array_length(details -> 'assets'), 0))) END
   FROM ended
 ), superseded AS (
   UPDATE callback_outbox SET state = 'superseded'
   WHERE job_id = ANY (ARRAY(SELECT id FROM ended)) AND state = 'due' AND NOT terminal
 ), called AS (
   INSERT INTO callback_outbox (id, job_id, user_id, endpoint_id, seq, event_type, terminal, url, body)
-  SELECT c.* FROM ended e CROSS JOIN LATERAL ourvidz.callback_for(e.job, e.callback_assets, e.facts) c
+  SELECT c.* FROM ended e CROSS JOIN LATERAL ourvidz.callbacks_of(
+    e.id, e.user_id, e.event_seq, e.status, e.attempts, e.job_type, e.callback_url, e.callback_events, e.metadata,
+    e.error_code, e.error_message, e.details -> 'callback_assets', e.details -> 'facts') c
   RETURNING job_id
 )
-SELECT n, id AS job_id, status, id IN (SELECT job_id FROM called) AS calls_back FROM ended;
+SELECT n, id IN (SELECT job_id FROM called) AS calls_back FROM ended;
 
 -- name: requeue(rows)
 -- Put running jobs back: to the next stage's queue, after a failure with its delay, or at once when a replica drains.
@@ -158,10 +198,12 @@ WITH given AS MATERIALIZED (
       outage_since = CASE WHEN g.outage THEN coalesce(q.outage_since, now()) WHEN g.counts THEN NULL ELSE q.outage_since END
   FROM given g
   WHERE q.job_id = g.job_id AND g.n IN (SELECT n FROM held) AND (SELECT count(*) FROM charged) > 0
-  RETURNING q.job_id, q.attempt, q.queue, q.failures, g.n
+  RETURNING q.job_id, q.attempt, q.started_at, q.queue, q.failures, g.n
 ), waiting AS (
   UPDATE jobs j
-  SET status = 'queued', event_seq = j.event_seq + 1, failures = m.failures, stage = coalesce(g.stage, j.stage),
+  SET status = 'queued', updated_at = now(), attempts = m.attempt, event_seq = j.event_seq + 2,
+      started_at = coalesce(j.started_at, m.started_at),
+      queue_wait_ms = coalesce(j.queue_wait_ms, ourvidz.waited_ms(j.created_at, m.started_at)), failures = m.failures, stage = coalesce(g.stage, j.stage),
       enhanced_prompt = coalesce(g.enhanced_prompt, j.enhanced_prompt), enhancement = coalesce(g.enhancement, j.enhancement),
       enhancement_strategy = coalesce(g.enhancement_strategy, j.enhancement_strategy),
       enhancement_time_ms = coalesce(g.enhancement_time_ms, j.enhancement_time_ms),
@@ -240,6 +282,7 @@ FROM job_queue GROUP BY queue, state;
 -- name: work(queue)^
 -- The load that autoscaling looks at.
 SELECT count(*) FILTER (WHERE state = 'ready') AS ready, count(*) FILTER (WHERE state = 'running') AS running,
+       count(DISTINCT worker) FILTER (WHERE state = 'running') AS busy,
        coalesce(sum(cost) FILTER (WHERE state = 'ready'), 0)::float8 AS ready_seconds
 FROM job_queue WHERE queue = :queue;
 
@@ -277,6 +320,10 @@ WHERE EXISTS (SELECT FROM workspace_assets a WHERE a.job_id = g.job_id AND a.att
 -- Of these attempts, those that run now: their previews are shown.
 SELECT g.job_id, g.attempt FROM unnest(:job_ids::uuid[], :attempts::int[]) AS g(job_id, attempt)
 WHERE EXISTS (SELECT FROM job_queue q WHERE q.job_id = g.job_id AND q.attempt = g.attempt AND q.state = 'running');
+
+-- name: open_jobs(job_ids)
+-- Of these jobs, those that have not ended: their states are kept.
+SELECT job_id FROM job_queue WHERE job_id = ANY(:job_ids::uuid[]);
 
 -- name: known_jobs(job_ids)
 -- Of these jobs, those that exist.

@@ -1,8 +1,8 @@
 -- name: prune_events(days, batch)$
 -- Delete old events of ended jobs, oldest first. How many.
 WITH gone AS (
-  DELETE FROM job_events WHERE id = ANY (ARRAY(
-    SELECT e.id FROM job_events e
+  DELETE FROM job_events WHERE ctid = ANY (ARRAY(  -- where it stands: an event is never written anew
+    SELECT e.ctid FROM job_events e
     WHERE e.at < now() - make_interval(days => :days::int)
       AND EXISTS (SELECT FROM jobs j WHERE j.id = e.job_id AND j.completed_at IS NOT NULL)
     ORDER BY e.at LIMIT :batch::int))

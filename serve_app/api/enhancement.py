@@ -95,6 +95,7 @@ async def _no_account(edge: Edge, family: Family, text: str) -> dict[str, Any]:
         "model_used": None,
         "execution_time_ms": 0,
         "new_tokens": 0,
+        "cached": False,
     }
 
 

@@ -13,13 +13,14 @@ from db.jobs import JobRecord, Stage, Status
 from db.pool import as_user
 from deployments.storing import BUCKET, REFERENCE_BUCKET
 from models.catalog import Family, resolve
-from models.params import GivenParams
+from models.costs import shape_name
+from models.params import GenerationParams, GivenParams
 from serve_app.api.auth import EdgeDep, User
 from serve_app.api.problems import Problem
 from serve_app.api.views import job_view, preview_view
 from serve_app.api.wire import Job, JobBatch, JobList, JobPage, JobRequest, Preview
 from serve_app.edge import Edge
-from serve_app.submission import ENHANCE_SECONDS, Submission, predicted_seconds, submit, submit_together
+from serve_app.submission import ENHANCE_SECONDS, Submission, submit, submit_together
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -135,8 +136,8 @@ async def erase_job(job_id: UUID, edge: EdgeDep, user: User) -> Response:
     if erased is None:
         raise Problem(409, "job_open", f"a job that is {record.status} can't be erased; cancel it first")
     await edge.blobs.delete(BUCKET, list(erased.keys))
-    if erased.reference_key is not None:
-        await edge.blobs.delete(REFERENCE_BUCKET, [erased.reference_key])
+    if erased.reference_keys:
+        await edge.blobs.delete(REFERENCE_BUCKET, list(erased.reference_keys))
     return Response(status_code=204)
 
 
@@ -157,8 +158,11 @@ async def retry_job(job_id: UUID, edge: EdgeDep, user: User) -> Job:
     job_type = resolve(record.job["job_type"])
     enhances = record.job["stage"] == Stage.ENHANCE
     queue = Family.QWEN.value if enhances else job_type.family.value
-    cost = ENHANCE_SECONDS if enhances else await predicted_seconds(edge, job_type)
-    if not await edge.jobs.retry(job_id, queue=queue, cost=cost):
+    params = GenerationParams.model_validate(record.job["params"])
+    cost = ENHANCE_SECONDS if enhances else await edge.predictions.seconds(job_type, params)
+    if not await edge.jobs.retry(
+        job_id, queue=queue, cost=cost, shape=shape_name(params), loras=[use.name for use in params.loras]
+    ):
         raise Problem(409, "not_retryable", f"a job that is {record.status} can't be retried")
     edge.notifier.queue(queue)
     edge.notifier.job(job_id)
@@ -181,6 +185,7 @@ def _asked(body: JobRequest, request: Request) -> Submission:
         reference_url=body.reference_image_url,
         reference_strength=body.reference_strength,
         reference_kind=body.reference_type,
+        mask_url=body.mask_image_url,
         callback_url=body.callback_url,
         callback_events=list(body.callback_events) if body.callback_events else None,
         interactive=body.priority == "interactive",
@@ -231,13 +236,14 @@ def preview_of(edge: Edge, user: Principal, record: JobRecord) -> Preview | None
 
 
 async def eta(edge: Edge, record: JobRecord) -> float | None:
-    """Seconds until the end: what is predicted to run before, shared by the live replicas, and the type's mean run."""
+    """Seconds until the end: what is predicted to run before, shared by the live replicas, and the job's own run."""
     if record.status is not Status.QUEUED or record.standing is None:
         return None
-    mean = await edge.jobs.run_seconds(record.job["job_type"])
-    if mean is None:
+    params = GenerationParams.model_validate(record.job["params"])
+    own = await edge.predictions.known(resolve(record.job["job_type"]), params)
+    if own is None:
         return None
     queue = (record.queue or {}).get("queue")
     replicas = sum(worker.queue == queue and worker.state == "ready" for worker in await edge.workers.list())
     ahead = float(record.standing["ahead_cost"] or 0)
-    return round(ahead / max(replicas, 1) + mean, 1)
+    return round(ahead / max(replicas, 1) + own, 1)

@@ -1,15 +1,28 @@
 """The limits of a request body, held before anything is parsed."""
 
+from dataclasses import dataclass
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.problems import Problem, respond
+
+FORM_BYTES = 64_000  # what the frame of a form may take beside its file
+
+
+@dataclass(frozen=True)
+class FileBodies:
+    """The route that takes files, of `max_bytes` at most. Its bodies are not held here, but stream to whoever may send
+    them, and are cut off where they are too large."""
+
+    path: str
+    max_bytes: int
 
 
 class BodyLimit:
     """Refuses bodies that are too large by their header or as they stream in, and bodies that are not JSON."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app, self._max = app, max_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int, files: FileBodies) -> None:
+        self._app, self._max, self._files = app, max_bytes, files
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -17,7 +30,10 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        problem = self._refusal(headers)
+        if scope["method"] == "POST" and scope["path"] == self._files.path:
+            await self._stream(headers, scope, receive, send)
+            return
+        problem = self._refusal(headers, self._max)
         body = bytearray()
         if problem is None:
             while True:
@@ -26,7 +42,7 @@ class BodyLimit:
                     return
                 body += message.get("body", b"")
                 if len(body) > self._max:
-                    problem = self._too_large()
+                    problem = _too_large(self._max)
                     break
                 if not message.get("more_body", False):
                     break
@@ -37,15 +53,35 @@ class BodyLimit:
             return
         await self._app(scope, _replay(bytes(body), receive), send)
 
-    def _refusal(self, headers: dict[str, str]) -> Problem | None:
+    async def _stream(self, headers: dict[str, str], scope: Scope, receive: Receive, send: Send) -> None:
+        form = headers.get("content-type", "").lower().startswith("multipart/")
+        most = self._files.max_bytes + (FORM_BYTES if form else 0)
+        problem = self._refusal(headers, most)
+        if problem is not None:
+            await respond(problem, scope["path"])(scope, receive, send)
+            return
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > most:
+                raise _too_large(most)
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _refusal(self, headers: dict[str, str], most: int) -> Problem | None:
         length = headers.get("content-length", "")
         # so many digits are no length at all, and more than int() takes
-        if length.isdecimal() and (len(length) > 18 or int(length) > self._max):
-            return self._too_large()
+        if length.isdecimal() and (len(length) > 18 or int(length) > most):
+            return _too_large(most)
         return None
 
-    def _too_large(self) -> Problem:
-        return Problem(413, "body_too_large", f"the body may have at most {self._max} bytes", field="body")
+
+def _too_large(most: int) -> Problem:
+    return Problem(413, "body_too_large", f"the body may have at most {most} bytes", field="body")
 
 
 _JSON_TYPES = ("application/json", "application/problem+json")

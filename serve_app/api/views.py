@@ -56,7 +56,7 @@ def job_view(
         failures=queue.get("failures", row["failures"]),
         max_attempts=row["max_attempts"],
         error=error,
-        assets=[asset_view(asset, signer, seconds) for asset in record.assets],
+        assets=[asset_view(asset, row["id"], signer, base, seconds) for asset in record.assets],
         callback_url=row["callback_url"],
         callbacks=[callback_view(callback) for callback in record.callbacks],
         metadata=row["metadata"],
@@ -71,6 +71,7 @@ def job_view(
             events=f"{base}/v1/events/jobs/{row['id']}",
             cancel=f"{url}/cancel",
             retry=f"{url}/retry",
+            rerun=f"{url}/rerun" if record.status is Status.COMPLETED else None,
             preview=preview.url if preview else None,
         ),
     )
@@ -94,8 +95,8 @@ def preview_view(record: JobRecord, signer: UrlSigner) -> Preview | None:
     )
 
 
-def asset_view(row: Mapping[str, Any], signer: UrlSigner, seconds: int) -> Asset:
-    """One file with fresh signed URLs."""
+def asset_view(row: Mapping[str, Any], job_id: str, signer: UrlSigner, base: str, seconds: int) -> Asset:
+    """One file of a job, with fresh signed URLs."""
     thumbnail = row["thumbnail_path"]
     return Asset(
         id=row["id"],
@@ -116,6 +117,7 @@ def asset_view(row: Mapping[str, Any], signer: UrlSigner, seconds: int) -> Asset
         seed=row["generation_seed"],
         model=row["model_used"],
         expires_at=row["expires_at"],
+        manifest_url=f"{base}/v1/jobs/{job_id}/assets/{row['asset_index']}/manifest" if row["has_manifest"] else None,
     )
 
 

@@ -1,65 +1,15 @@
-"""What goes over the wire under /v1: requests, answers and their examples."""
+"""What goes over the wire under /v1: the answers and their examples, and the names of the requests."""
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
-CallbackEvent = Literal["processing", "completed", "failed", "cancelled"]
-Seconds = Annotated[float, Field(gt=0, le=30 * 86400, allow_inf_nan=False)]
-
-
-class JobRequest(BaseModel):
-    """A job to make. What is left out gets the default of the job type; what is given is honoured or refused."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        json_schema_extra={
-            "examples": [
-                {
-                    "job_type": "sdxl_image_high",
-                    "prompt": "a lighthouse in a storm, oil painting",
-                    "num_images": 3,
-                    "enhance": True,
-                    "seed": 42,
-                    "callback_url": "https://example.com/hooks/ourvidz",
-                }
-            ]
-        },
-    )
-
-    job_type: str = Field(description="One of the catalog's job types.")
-    prompt: str | None = None
-    negative_prompt: str | None = None
-    enhance: bool | None = Field(
-        None, description="Let Qwen rewrite the prompt first. The `…_enhanced` types always do."
-    )
-    seed: int | None = Field(None, description="0 to 2^63-1; drawn when left out. Image i of several has seed + i.")
-    num_images: int | None = None
-    width: int | None = None
-    height: int | None = None
-    frames: int | None = Field(None, description="Length of a video; rounded to 4n+1, and the answer says so.")
-    fps: int | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    scheduler: str | None = None
-    shift: float | None = None
-    compel_enabled: bool | None = None
-    content_mode: Literal["sfw", "nsfw"] | None = None
-    previews: bool | None = Field(None, description="Show small pictures of the job while it is denoised.")
-    reference_image_url: str | None = Field(None, max_length=2048, description="An image to start from (SDXL).")
-    reference_strength: float | None = Field(None, description="0.1 to 1.0: how much of the reference stays.")
-    reference_type: Literal["style", "composition", "character"] | None = None
-    callback_url: str | None = Field(None, max_length=2048)
-    callback_events: list[CallbackEvent] | None = Field(None, min_length=1)
-    priority: Literal["interactive", "batch"] = "interactive"
-    start_after_seconds: Seconds | None = Field(None, description="Do not start before.")
-    start_deadline_seconds: Seconds | None = Field(None, description="Fail if not started by then.")
-    deadline_seconds: Seconds | None = Field(None, description="Fail if not finished by then.")
-    metadata: dict[str, Any] = Field(default_factory=dict, description="Yours: carried, given back, never read.")
+from serve_app.api.wire_requests import CallbackEvent as CallbackEvent
+from serve_app.api.wire_requests import CreateKey as CreateKey
+from serve_app.api.wire_requests import JobBatch as JobBatch
+from serve_app.api.wire_requests import JobRequest as JobRequest
 
 
 class Progress(BaseModel):
@@ -99,6 +49,7 @@ class Asset(BaseModel):
     seed: int | None
     model: str
     expires_at: datetime
+    manifest_url: str | None = Field(None, description="What the file was made from and by. Wants your key.")
 
 
 class Adjusted(BaseModel):
@@ -129,6 +80,7 @@ class JobUrls(BaseModel):
     events: str
     cancel: str
     retry: str
+    rerun: str | None = Field(None, description="POST makes a completed job again; null until it is one.")
     preview: str | None = Field(
         None,
         description="The latest preview, while the job runs with `previews`. It works for a minute, for its owner.",
@@ -197,14 +149,6 @@ class JobPage(BaseModel):
     has_more: bool
 
 
-class JobBatch(BaseModel):
-    """Jobs to accept together. The body as a whole keeps to the limit of every request."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    jobs: list[JobRequest] = Field(min_length=1, max_length=100)
-
-
 class JobList(BaseModel):
     """Jobs, in the order in which they were given."""
 
@@ -237,17 +181,6 @@ class FieldProblem(BaseModel):
     field: str
     message: str
     code: str
-
-
-class CreateKey(BaseModel):
-    """A new API key for a user, who is made when new."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    username: str = Field(min_length=1, max_length=100, pattern=PRINTABLE)
-    name: str = Field("default", min_length=1, max_length=100, pattern=PRINTABLE)
-    role: Literal["admin", "moderator", "premium_user", "basic_user", "guest"] = "basic_user"
-    expires_in_days: int | None = Field(None, ge=1, le=3650)
 
 
 class Key(BaseModel):

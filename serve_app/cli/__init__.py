@@ -9,7 +9,21 @@ import os
 import typer
 
 from deployments.logs import configure_logs
-from serve_app.cli import backup, clusters, endpoints, installation, jobs, keys, queues, retention, submit, takeover
+from serve_app.cli import (
+    backup,
+    clusters,
+    endpoints,
+    installation,
+    jobs,
+    keys,
+    queues,
+    reconcile,
+    rerun,
+    retention,
+    submit,
+    takeover,
+    training,
+)
 from serve_app.cli.calls import Commands
 
 app = typer.Typer(
@@ -26,10 +40,12 @@ for command in (
     clusters.demo,
     clusters.down,
     submit.submit,
+    rerun.rerun,
     installation.migrate,
     backup.backup,
     backup.restore,
     takeover.import_queue,
+    reconcile.reconcile,
     retention.archive,
     installation.doctor,
     installation.openapi,
@@ -42,6 +58,7 @@ app.add_typer(queues.callbacks, name="callbacks")
 app.add_typer(endpoints.app, name="endpoints")
 app.add_typer(keys.app, name="keys")
 app.add_typer(retention.users, name="users")
+app.add_typer(training.app, name="training")
 app.add_typer(installation.config, name="config")
 
 

@@ -257,7 +257,9 @@ async def test_references_and_saved_files_are_in_it(shop: Shop, tmp_path: Path) 
     reference, saved = f"{shop.user}/{uuid4()}.png", f"{shop.user}/saved.png"
     await shop.blobs.put("reference_images", reference, b"reference", "image/png")
     await shop.blobs.put("user-library", saved, b"saved", "image/png")
-    await shop.accept(params={"reference": {"bucket": "reference_images", "key": reference, "strength": 0.5}})
+    mask = {"bucket": "reference_images", "key": reference.replace(".png", ".mask.png")}
+    await shop.blobs.put(mask["bucket"], mask["key"], b"mask", "image/png")
+    await shop.accept(params={"reference": {"bucket": mask["bucket"], "key": reference, "strength": 0.5, "mask": mask}})
     await shop.database.pool.execute(
         """INSERT INTO user_library (user_id, asset_type, storage_path, file_size_bytes, mime_type, original_prompt,
                                      model_used) VALUES ($1, 'image', $2, 5, 'image/png', 'p', 'm')""",
@@ -266,6 +268,7 @@ async def test_references_and_saved_files_are_in_it(shop: Shop, tmp_path: Path) 
     )
     await back_up(shop.database.url, shop.blobs, tmp_path / "b", VERSION)
     assert sorted((entry["bucket"], entry["key"]) for entry in entries(tmp_path / "b")) == [
+        ("reference_images", mask["key"]),
         ("reference_images", reference),
         ("user-library", saved),
     ]
@@ -287,20 +290,41 @@ async def test_the_archives_are_in_it(shop: Shop, tmp_path: Path, empty_url: str
     assert await store.get("archive", "a1/jobs.csv.gz") == b"rows"
 
 
+LINKS = {  # what a client or an operator gives, and no file is known by
+    "jobs.callback_url",
+    "api_models.endpoint_path",
+    "api_models.model_key",
+    "api_providers.base_url",
+    "api_providers.docs_url",
+    "character_scenes.image_url",
+    "character_scenes.previous_scene_image_url",
+    "characters.image_url",
+    "characters.preview_image_url",
+    "characters.reference_image_url",
+    "projects.preview_url",
+    "projects.reference_image_url",
+    "scenes.final_stitched_url",
+    "scenes.image_url",
+}
+
+
 async def test_every_column_that_names_a_file_is_known_to_the_backup(shop: Shop) -> None:
     """Whoever adds one must add it to the statement `files`, and then here."""
     found = await shop.database.pool.fetch(
         r"""SELECT table_name || '.' || column_name FROM information_schema.columns
-            WHERE table_schema = 'public' AND column_name ~ '(_path|_key|bucket|_url|file)s?$'
+            JOIN information_schema.tables USING (table_schema, table_name)
+            WHERE table_schema = 'public' AND table_type = 'BASE TABLE'
+              AND column_name ~ '(_path|_key|bucket|_url|file)s?$'
               AND data_type IN ('text', 'character varying')"""
     )
     names_of_files = {
         "workspace_assets.temp_storage_path",
         "workspace_assets.thumbnail_path",
+        "reference_uploads.storage_path",
         "user_library.storage_path",
         "user_library.thumbnail_path",
     }
-    assert {name for (name,) in found} - {"jobs.callback_url"} == names_of_files
+    assert {name for (name,) in found} - LINKS == names_of_files
 
 
 async def test_a_backup_holds_no_secret_and_only_its_owner_reads_it(shop: Shop, tmp_path: Path) -> None:

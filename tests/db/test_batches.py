@@ -43,7 +43,7 @@ async def test_each_caller_gets_its_own_outcome(database: Any) -> None:
     ends = Batcher(Queue(database.worker_pool).settle_each)
     ended = await asyncio.gather(ends.put(done(stale, attempt=7)), ends.put(done(fresh)), ends.put(done(uuid4())))
     assert [e and e.job_id for e in ended] == [None, fresh, None]
-    assert await database.pool.fetchval("SELECT status FROM jobs WHERE id = $1", stale) == "processing"
+    assert await database.pool.fetchval("SELECT status FROM current_jobs WHERE id = $1", stale) == "processing"
 
 
 async def test_a_stale_and_a_true_end_of_one_job_do_not_mix(database: Any) -> None:
@@ -64,7 +64,7 @@ async def test_a_broken_settlement_fails_alone(database: Any) -> None:
         ends.put(done(first)), ends.put(no_code), ends.put(done(last)), return_exceptions=True
     )
     assert isinstance(outcomes[1], asyncpg.CheckViolationError)
-    statuses = await database.pool.fetch("SELECT status FROM jobs ORDER BY id")
+    statuses = await database.pool.fetch("SELECT status FROM current_jobs ORDER BY id")
     assert [row["status"] for row in statuses] == ["completed", "processing", "completed"]
 
 
@@ -98,7 +98,7 @@ async def test_a_caller_cancelled_in_time_takes_its_settlement_back(database: An
     assert await tasks[0] is not None
     with pytest.raises(asyncio.CancelledError):
         await tasks[1]
-    assert await database.pool.fetchval("SELECT status FROM jobs WHERE id = $1", taken_back) == "processing"
+    assert await database.pool.fetchval("SELECT status FROM current_jobs WHERE id = $1", taken_back) == "processing"
 
 
 async def test_more_than_a_batch_goes_in_several(database: Any) -> None:

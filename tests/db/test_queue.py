@@ -178,7 +178,7 @@ async def test_fence_keeps_a_late_replica_out_of_everything(database: Any) -> No
     assert await queue.renew(old, [Renewal(job.id, 1, "denoise", 3, 4)]) == {}
     assert await database.pool.fetch("SELECT * FROM job_queue UNION ALL SELECT * FROM job_queue") == before
     assert await database.pool.fetchval("SELECT count(*) FROM workspace_assets") == 0
-    assert await database.pool.fetchval("SELECT status FROM jobs") == "processing"
+    assert await database.pool.fetchval("SELECT status FROM current_jobs") == "processing"
 
 
 async def test_renew_needs_the_worker_that_claimed(database: Any) -> None:

@@ -100,7 +100,7 @@ async def running(database: Any, worker: UUID | None = None) -> UUID:
 
 async def history(database: Any, job_id: UUID) -> tuple[str, list[str]]:
     kinds = [event.kind for event in await Jobs(database.pool).events_after(database.pool, job_id)]
-    return await database.pool.fetchval("SELECT status FROM jobs WHERE id = $1", job_id), kinds
+    return await database.pool.fetchval("SELECT status FROM current_jobs WHERE id = $1", job_id), kinds
 
 
 def completed(job_id: UUID) -> Settlement:

@@ -308,7 +308,7 @@ class Histories(RuleBasedStateMachine):
                           ARRAY(SELECT kind FROM job_events WHERE job_id = j.id ORDER BY id) AS kinds,
                           ARRAY(SELECT seq FROM callback_outbox WHERE job_id = j.id AND terminal ORDER BY seq) AS told,
                           ARRAY(SELECT state FROM callback_outbox WHERE job_id = j.id AND NOT terminal) AS progress
-                   FROM jobs j LEFT JOIN job_queue q ON q.job_id = j.id"""
+                   FROM current_jobs j LEFT JOIN job_queue q ON q.job_id = j.id"""
             )
         )
         assert {row["id"] for row in rows} == set(self.model)

@@ -1,6 +1,7 @@
 """Row-level security: what a user, the staff, nobody, and a replica may see and change, on real roles of Postgres."""
 
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -32,28 +33,30 @@ OWN = (  # tables of which a user sees the own rows
     "job_queue",
     "callback_endpoints",
     "user_activity_log",
+    "reference_uploads",
 )
 HIDDEN = (  # tables that no user sees at all
     "queues",
     "fair_shares",
     "idempotency_keys",
     "workers",
+    "cost_profiles",
+    "run_times",
     "callback_attempts",
-    "prompt_templates",
-    "negative_prompts",
-    "system_config",
     "schema_migrations",
     "archives",
     "erasures",
     "imported_jobs",
+    "message_keys",
 )
+FIXED_PATH = re.compile(r"search_path=.*\bpg_temp")
 OWNER_COLUMN = {"profiles": "id"}
 # the columns that a user may read, where not all of them are
 COLUMNS = {
     "api_keys": "id, user_id, name, prefix, created_at, last_used_at, expires_at, revoked_at",
     "callback_outbox": "id, job_id, user_id, seq, event_type, url, state, attempts, last_status, last_error",
     "job_queue": "job_id, user_id, queue, class, tag, state, run_at, attempt, failures, cancel, phase, step, steps, "
-    "preview_step, preview_steps",
+    "preview_step, preview_steps, started_at, claimed_at",
 }
 
 
@@ -100,6 +103,11 @@ async def people(shared_database: Any) -> People:
             user,
         )
         await pool.execute("INSERT INTO user_activity_log (user_id, action) VALUES ($1, 'looked')", user)
+        await pool.execute(
+            """INSERT INTO reference_uploads (id, user_id, storage_path, mime_type, file_size_bytes, width, height, sha256)
+               VALUES (gen_random_uuid(), $1::uuid, $1::uuid::text, 'image/png', 1, 1, 1, sha256('x'))""",
+            user,
+        )
     await pool.execute("INSERT INTO callback_attempts (callback_id, attempt) SELECT id, 1 FROM callback_outbox")
     return People(database, ids["alice"], ids["bob"], ids["mod"], ids["root"])
 
@@ -249,6 +257,7 @@ async def test_standing_is_told_of_own_jobs_only(people: People) -> None:
         "ourvidz.next_tag('sdxl', ourvidz.uid(), 1::smallint, 1::real)",
         "ourvidz.charge('sdxl', ourvidz.uid(), 1::smallint, -9)",
         "ourvidz.erase_some(ourvidz.uid(), 10)",
+        "ourvidz.kept_files('user-library', '{x/y.png}')",
     ],
 )
 async def test_no_user_moves_the_queues_clock(people: People, call: str) -> None:
@@ -260,10 +269,10 @@ async def test_no_user_moves_the_queues_clock(people: People, call: str) -> None
 async def test_functions_that_run_as_the_owner_fix_their_search_path(people: People) -> None:
     rows = await people.database.pool.fetch(
         """SELECT p.proname, p.proconfig FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-           WHERE p.prosecdef AND n.nspname IN ('public', 'ourvidz')"""
+           WHERE p.prosecdef AND n.nspname IN ('public', 'ourvidz', 'lora')"""
     )
-    assert {row["proname"] for row in rows} == {"has_role", "standing", "erase_some"}
-    assert all(any(setting.startswith("search_path=") for setting in row["proconfig"] or []) for row in rows)
+    assert {row["proname"] for row in rows} >= {"has_role", "standing", "erase_some", "log_user_activity", "may_edit"}
+    assert [row["proname"] for row in rows if not any(FIXED_PATH.fullmatch(s) for s in row["proconfig"] or [])] == []
 
 
 # ------------------------------------------------------------------------------------------------------- replicas

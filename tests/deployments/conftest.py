@@ -12,7 +12,7 @@ import pytest
 from db.jobs import Jobs, NewJob
 from db.pool import open_pool
 from db.queue import Queue
-from deployments.claims import Held
+from deployments.held import Held
 from tests.db.test_queue import new_job
 
 
@@ -164,7 +164,7 @@ class Desk:
 
     async def status(self, job_id: UUID) -> tuple[str, str | None]:
         """A job's status and error code."""
-        row = await self.database.pool.fetchrow("SELECT status, error_code FROM jobs WHERE id = $1", job_id)
+        row = await self.database.pool.fetchrow("SELECT status, error_code FROM current_jobs WHERE id = $1", job_id)
         return tuple(row)
 
     async def queued(self, job_id: UUID) -> tuple[str, int] | None:

@@ -71,8 +71,10 @@ class Past:
         job = new_job(user, original_prompt='a "lighthouse",\nat dusk ü', callback_events=["completed"])
         if reference:
             key = f"{user}/{job.id}.png"
-            job = replace(job, params={"reference": {"bucket": REFERENCE_BUCKET, "key": key}})
+            mask = {"bucket": REFERENCE_BUCKET, "key": f"{user}/{job.id}.mask.png"}
+            job = replace(job, params={"reference": {"bucket": REFERENCE_BUCKET, "key": key, "mask": mask}})
             await self.blobs.put(REFERENCE_BUCKET, key, b"reference", "image/png")
+            await self.blobs.put(REFERENCE_BUCKET, mask["key"], b"mask", "image/png")
         await Jobs(self.database.pool).accept(job)
         queue = Queue(self.database.worker_pool)
         await queue.claim("sdxl", uuid4(), 100)
@@ -183,7 +185,7 @@ async def test_files_are_deleted_with_their_jobs_and_no_others(past: Past) -> No
     await past.archive()
     user = await past.database.user()
     assert await past.keys(BUCKET) == {f"{user}/{young}/1/0.png", f"{user}/{young}/1/0.thumb.webp"}
-    assert await past.keys(REFERENCE_BUCKET) == {f"{user}/{young}.png"}
+    assert await past.keys(REFERENCE_BUCKET) == {f"{user}/{young}.png", f"{user}/{young}.mask.png"}
     assert await past.keys("user-library") == {"u/saved.png"}
 
 
@@ -196,11 +198,12 @@ async def test_files_are_copied_into_the_archive_where_asked_for(past: Past) -> 
         f"{user}/{old}/1/0.png": b"image",
         f"{user}/{old}/1/0.thumb.webp": b"small",
         f"{user}/{old}.png": b"reference",
+        f"{user}/{old}.mask.png": b"mask",
     }
     assert await past.keys(BUCKET) == await past.keys(REFERENCE_BUCKET) == set()
     # the sweep does not look here
     assert await Sweep(past.blobs, Queue(past.database.worker_pool), grace_seconds=0).once() == 0
-    assert len(await past.keys(ARCHIVE_BUCKET)) == len(TABLES) + 3 + 2
+    assert len(await past.keys(ARCHIVE_BUCKET)) == len(TABLES) + 4 + 2
 
 
 async def test_a_file_that_was_missing_already_is_told(past: Past) -> None:
@@ -294,7 +297,7 @@ async def test_a_death_at_any_step_loses_nothing_and_the_next_command_converges(
             break
     # it died before and after every write and deletion: tables, kept files and their list, manifest, files of two jobs
     assert survived
-    assert died == 2 * (len(TABLES) + 1 + (6 if keep_files else 0) + 2)
+    assert died == 2 * (len(TABLES) + 1 + (7 if keep_files else 0) + 2)
 
 
 async def test_a_database_that_goes_away_between_two_deletions_is_gone_on_with(

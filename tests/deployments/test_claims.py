@@ -12,8 +12,8 @@ import pytest
 from db.jobs import Status
 from db.notify import QUEUE_CHANNEL, Listener, Notifier
 from db.queue import Queue, Requeue, Settlement
-from deployments import claims
-from deployments.claims import ClaimLoop, Held, StopReason, backoff
+from deployments.claims import ClaimLoop, backoff
+from deployments.held import Held, StopReason
 from tests.deployments.conftest import Desk, Road
 
 Work = Callable[[Held], Awaitable[None]]
@@ -102,6 +102,37 @@ async def test_a_free_slot_takes_the_next_job_without_a_poll(desk: Desk) -> None
             seen.append(held.claim.job_id)
             hands.finish(held)
     assert seen == ids
+
+
+async def test_a_job_that_has_left_its_slot_makes_room_for_the_next(desk: Desk) -> None:
+    first, second = await desk.accept(2)
+    hands = Hands(desk)
+    async with looping(desk, hands):
+        storing = await hands.take()
+        assert storing.claim.job_id == first
+        storing.leave_slot()
+        running = await hands.take()
+        assert running.claim.job_id == second
+        assert hands.at_once == 2
+        hands.finish(storing)
+        hands.finish(running)
+        assert {(await hands.end()).claim.job_id for _ in range(2)} == {first, second}
+
+
+async def test_jobs_that_have_left_their_slots_do_not_pile_up(desk: Desk) -> None:
+    await desk.accept(5)
+    hands = Hands(desk)
+    async with looping(desk, hands, slots=2):
+        held = [await hands.take() for _ in range(2)]
+        for one in held:
+            one.leave_slot()
+        held += [await hands.take() for _ in range(2)]
+        for one in held[2:]:
+            one.leave_slot()  # four in hand, and every slot is free
+        hands.finish(held[0])
+        await hands.end()
+        await hands.take()
+        assert hands.most == 4
 
 
 async def test_a_wake_up_is_as_good_as_a_poll(desk: Desk) -> None:
@@ -195,7 +226,7 @@ async def test_a_lease_is_renewed_while_the_work_goes_on(desk: Desk) -> None:
 
 
 async def test_a_lease_is_not_renewed_when_the_work_stands_still(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "PHASE_ALLOWANCE", {"waiting": 0.0})
+    monkeypatch.setattr("deployments.held.PHASE_ALLOWANCE", {"waiting": 0.0})
     lost = []
     await desk.accept()
     hands = Hands(desk)
@@ -209,7 +240,7 @@ async def test_a_lease_is_not_renewed_when_the_work_stands_still(desk: Desk, mon
 
 
 async def test_progress_keeps_the_lease_beyond_the_allowance(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "PHASE_ALLOWANCE", {"denoise": 0.8})
+    monkeypatch.setattr("deployments.held.PHASE_ALLOWANCE", {"denoise": 0.8})
     (job_id,) = await desk.accept()
 
     async def work(held: Held) -> None:
@@ -283,7 +314,7 @@ async def test_a_job_that_is_being_ended_is_not_taken_for_lost(desk: Desk) -> No
 
 
 async def test_a_fault_that_work_does_not_let_go_is_told(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "STOP_ALLOWANCE", 0.0)
+    monkeypatch.setattr("deployments.claims.STOP_ALLOWANCE", 0.0)
     (job_id,) = await desk.accept()
     stuck, go = asyncio.Event(), asyncio.Event()
 

@@ -10,8 +10,8 @@ import pytest
 from db.jobs import Jobs, Status
 from db.pool import CONNECTION_FAULTS
 from db.queue import Queue, Requeue, Settlement
-from deployments.claims import Held, StopReason
 from deployments.endings import Endings, Outcome
+from deployments.held import Held, StopReason
 from models.engine import GenerationError, GenerationFailed, InvalidInput
 from tests.db.test_queue import asset
 from tests.deployments.conftest import Desk, Road

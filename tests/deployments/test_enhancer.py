@@ -1,5 +1,7 @@
 """The enhancer around a real tiny Qwen: a durable stage, and single prompts. Its words are noise, and it says so."""
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,7 +16,10 @@ from deployments.enhancer import Enhancer, EnhanceRequest
 from deployments.metrics import Metrics
 from deployments.prompting import negative_rows, template_rows
 from deployments.settings import Settings
+from models.generation import InvalidInput, ModelLoadFailed
+from models.language import Completion, Message, Sampling
 from models.policy import ContentRejected
+from models.qwen import Qwen
 from tests.deployments.conftest import Desk
 
 PROMPT = "a lighthouse on a cliff"
@@ -193,6 +198,97 @@ async def test_a_cancelled_stage_ends_the_job(desk: Desk, settings: Settings) ->
     async with serving(settings):
         await desk.until("SELECT status = 'cancelled' FROM jobs WHERE id = $1", job_id)
     assert await desk.queued(job_id) is None
+
+
+async def test_many_jobs_are_written_at_a_time(desk: Desk, settings: Settings) -> None:
+    async with serving(settings) as enhancer:
+        assert enhancer.slots == 8
+        jobs = await desk.accept(
+            12,
+            stage="enhance",
+            queue="qwen",
+            original_prompt=PROMPT,
+            params={"prompt": PROMPT, "seed": 7, "steps": 1},
+        )
+        for job_id in jobs:
+            row = await moved(desk, job_id)
+            assert (row["stage"], row["attempts"], row["failures"]) == ("generate", 1, 0)
+    # the same question twelve times: those who came later did not ask the model again
+    accounts = await desk.database.pool.fetch("SELECT enhancement ->> 'cached' AS cached FROM jobs")
+    assert {row["cached"] for row in accounts} <= {"true", "false"}
+    assert "false" in {row["cached"] for row in accounts}
+
+
+async def test_a_chat_is_written_piece_by_piece(settings: Settings) -> None:
+    async with serving(settings) as enhancer:
+        said = [part async for part in enhancer.chat([Message("user", "hello")], Sampling(40, 1.0, 1.0, 3))]
+    *pieces, completion = said
+    assert isinstance(completion, Completion)
+    assert "".join(map(str, pieces)) == completion.text
+    assert len(pieces) > 1
+
+
+async def test_a_chat_whose_reader_leaves_frees_its_place(settings: Settings) -> None:
+    async with serving(settings) as enhancer:
+        assert isinstance(enhancer.model, Qwen)
+        chat = enhancer.chat([Message("user", "hello")], Sampling(5000, 1.0, 1.0, 3))
+        await anext(chat)
+        assert enhancer.model.running == 1
+        await chat.aclose()
+        assert enhancer.model.running == 0
+
+
+async def test_a_chat_is_refused_where_it_can_not_be(settings: Settings) -> None:
+    async with serving(settings) as enhancer:
+        with pytest.raises(ContentRejected):
+            await anext(enhancer.chat([Message("user", "a nude child")], Sampling(5)))
+        with pytest.raises(InvalidInput):
+            await anext(enhancer.chat([Message("user", "hello")], Sampling(10**6)))
+
+
+async def test_a_chat_fails_while_the_model_is_away(settings: Settings, tmp_path: Path) -> None:
+    async with serving(with_profile(settings, tmp_path, MISSING)) as enhancer:
+        with pytest.raises(ModelLoadFailed):
+            await anext(enhancer.chat([Message("user", "hello")], Sampling(5)))
+
+
+def somebody_waits(model: Qwen) -> None:
+    """Returns as soon as a request stands in line."""
+    deadline = time.monotonic() + 30
+    while model.waiting == 0:
+        assert time.monotonic() < deadline
+
+
+async def test_a_call_that_is_given_up_stops_writing(settings: Settings) -> None:
+    async with serving(settings) as enhancer:
+        assert isinstance(enhancer.model, Qwen)
+        enhancer.model._model.generation_config.eos_token_id = -1
+        long = [Message("user", "x")], Sampling(8000, 1.0, 1.0, 3)
+        held = [enhancer.model.submit(*long)]  # the cache has room for no other
+        call = asyncio.create_task(enhancer.enhance(asked()))
+        await asyncio.to_thread(somebody_waits, enhancer.model)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert enhancer.model.waiting == 0
+        held[0].cancel()
+
+
+async def test_a_broken_device_makes_the_replica_ill(desk: Desk, settings: Settings) -> None:
+    async with serving(settings) as enhancer:
+        assert isinstance(enhancer.model, Qwen)
+
+        def fail(module: object, args: object) -> None:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+        enhancer.model._model.model.embed_tokens.register_forward_pre_hook(fail)
+        job_id = await accept(desk)
+        await desk.until("SELECT failures = 1 FROM job_queue WHERE job_id = $1", job_id)
+        fault = enhancer.health()
+        assert fault is not None
+        assert "device-side assert" in fault
+        # it goes back to the queue instead of moving on without an enhancement, and is left for another replica
+        assert await desk.events(job_id) == ["queued", "started", "requeued device_broken"]
 
 
 async def test_a_stopped_enhancer_takes_no_more(desk: Desk, settings: Settings) -> None:

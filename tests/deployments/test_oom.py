@@ -8,8 +8,8 @@ import pytest
 
 from db.jobs import Jobs
 from db.queue import Queue
-from deployments.claims import Held
 from deployments.endings import ELSEWHERE_SECONDS, Endings, Outcome
+from deployments.held import Held
 from deployments.replica import Replica
 from deployments.settings import Settings
 from models.engine import OutOfMemory
@@ -27,12 +27,12 @@ def raise_inside(replica: Replica, make: Callable[[int], BaseException | None]) 
     assert replica.engine is not None
     unet = replica.engine.model._pipeline.unet  # type: ignore[attr-defined]
 
-    def before(module: Any, given: tuple[Any, ...]) -> None:
-        error = make(given[0].shape[0] // 2)  # guided: each image is there twice
+    def before(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        error = make(given["sample"].shape[0] // 2)  # guided: each image is there twice
         if error is not None:
             raise error
 
-    unet.register_forward_pre_hook(before)
+    unet.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def no_room_for_more_than(images: int) -> Callable[[int], BaseException | None]:

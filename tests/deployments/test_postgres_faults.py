@@ -16,9 +16,10 @@ from db.migrate import migrate
 from db.pool import CONNECTION_FAULTS, WORKER_ROLE, open_pool
 from db.queue import Queue, Requeue, Settlement
 from deployments.callbacks import Deliverer
-from deployments.claims import ClaimLoop, Held
+from deployments.claims import ClaimLoop
 from deployments.egress import AllowedHost, Egress, EgressPolicy
 from deployments.endings import Endings, Outcome
+from deployments.held import Held
 from deployments.signatures import CallbackSecrets
 from tests.conftest import TestDatabase, state_folder
 from tests.db.outbox import Outbox

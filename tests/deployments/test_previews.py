@@ -12,7 +12,7 @@ from PIL import Image
 from db.blobs import BlobStore
 from db.jobs import Status
 from db.queue import Renewal, Requeue, Settlement
-from deployments.claims import Held, StopReason
+from deployments.held import Held, StopReason
 from deployments.previews import Previews, cleaned, is_preview, preview_key
 from deployments.settings import Settings
 from deployments.storing import BUCKET, attempt_prefix

@@ -18,9 +18,10 @@ from db.jobs import NewJob, Stage
 from db.queue import Queue
 from deployments.metrics import Metrics
 from deployments.replica import Replica
-from deployments.settings import Settings
+from deployments.settings import Settings, SettingsError
 from models.catalog import Family, resolve
 from models.params import GivenParams, resolve_params
+from models.pixels import decode, pixel_hash
 from tests.deployments.conftest import Desk
 
 SECRET = "s" * 40
@@ -125,7 +126,12 @@ async def test_a_job_becomes_files_rows_and_a_callback(desk: Desk, settings: Set
             text = dict(image.info)
         assert (asset["file_size_bytes"], asset["mime_type"], asset["asset_type"]) == (len(data), "image/png", "image")
         assert text["Software"] == "ourvidz-serve"
-        assert json.loads(text["Parameters"])["seed"] == 7 + index
+        manifest = json.loads(text["ourvidz.manifest"])
+        assert manifest == asset["manifest"], "the file and its row say the same"
+        assert (manifest["seed"], manifest["asset_index"], manifest["job_id"]) == (7 + index, index, str(job_id))
+        assert manifest["pixels"]["sha256"] == pixel_hash(decode(data))
+        assert len(manifest["model"]["files"]) >= 4, "every weight is there with its hash"
+        assert "trainedAlgorithmicMedia" in text["XML:com.adobe.xmp"]
         assert PROMPT.encode() not in data
         assert "private" not in json.dumps({name: str(value) for name, value in text.items()})
         with Image.open(io.BytesIO(await blobs.get("workspace-temp", thumbnail_key))) as small:
@@ -152,7 +158,7 @@ async def test_a_job_becomes_files_rows_and_a_callback(desk: Desk, settings: Set
 
 async def test_the_same_seed_gives_the_same_picture(desk: Desk, settings: Settings) -> None:
     async with serving(settings):
-        ids = [await submit(desk, settings, seed=seed) for seed in (7, 7, 8)]
+        ids = [await submit(desk, settings, seed=seed, reproducible=True) for seed in (7, 7, 8)]
         for job_id in ids:
             await ended(desk, job_id)
     pictures = []
@@ -220,6 +226,24 @@ async def test_a_reference_is_read_from_the_store(desk: Desk, settings: Settings
     assert (await desk.database.pool.fetchrow("SELECT failures, retryable FROM jobs WHERE id = $1", gone))[1] is False
 
 
+async def test_a_mask_is_read_from_the_store(desk: Desk, settings: Settings) -> None:
+    blobs = BlobStore.from_url(settings.blobs())
+    for key, colour in {"u/r.png": "orange", "u/r.mask.png": "white"}.items():
+        buffer = io.BytesIO()
+        Image.new("RGB", (160, 90), colour).save(buffer, "PNG")
+        await blobs.put("reference_images", key, buffer.getvalue(), "image/png")
+    mask = {"bucket": "reference_images", "key": "u/r.mask.png"}
+    reference = {"bucket": "reference_images", "key": "u/r.png", "strength": 0.5, "mask": mask}
+    async with serving(settings):
+        kept = await submit(desk, settings, reference=reference, steps=4)
+        gone = await submit(desk, settings, reference=reference | {"mask": mask | {"key": "u/gone.png"}}, steps=4)
+        assert await ended(desk, kept) == "completed"
+        assert await ended(desk, gone) == "failed"
+    used = await desk.database.pool.fetchval("SELECT generation_settings -> 'reference' FROM jobs WHERE id = $1", kept)
+    assert used["mask"] == {"width": 160, "height": 90, "repainted": 1.0}
+    assert await desk.status(gone) == ("failed", "reference_gone")
+
+
 async def test_a_drain_hands_back_and_says_so(desk: Desk, settings: Settings) -> None:
     async with serving(settings) as replica:
         job_id = await submit(desk, settings, steps=100)
@@ -262,6 +286,17 @@ models:
     assert row["state"] == "failed"
     assert row["error"].startswith("model_load_failed")
     assert replica.health() is not None
+    await replica.stop(0)
+
+
+async def test_a_replica_that_can_not_sign_does_not_start(desk: Desk, settings: Settings, tmp_path: Path) -> None:
+    missing = {"c2pa_certificate": tmp_path / "none.pem", "c2pa_key": tmp_path / "none.key"}
+    replica = Replica(settings.model_copy(update={"provenance": "c2pa"} | missing), "sdxl", Metrics())
+    with pytest.raises(SettingsError, match="OURVIDZ_PROVENANCE=c2pa"):
+        await replica.start()
+    row = await desk.database.pool.fetchrow("SELECT state, error FROM workers")
+    assert row["state"] == "failed"
+    assert row["error"].startswith("settings: OURVIDZ_PROVENANCE=c2pa")
     await replica.stop(0)
 
 

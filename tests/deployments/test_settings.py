@@ -35,6 +35,15 @@ def test_arguments_win_over_defaults() -> None:
     assert Settings.load({"max_attempts": 5}).max_attempts == 5
 
 
+def test_signing_needs_a_certificate_and_its_key(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="c2pa_certificate and c2pa_key"):
+        Settings.load({"provenance": "c2pa"})
+    with pytest.raises(ValidationError, match="needs c2pa_key"):
+        Settings.load({"provenance": "c2pa", "c2pa_certificate": tmp_path / "chain.pem"})
+    with pytest.raises(ValidationError, match="no effect"):
+        Settings.load({"provenance": "iptc", "c2pa_key": tmp_path / "key.pem"})
+
+
 def test_an_unknown_argument_is_refused() -> None:
     with pytest.raises(ValidationError, match="leese_seconds"):
         Settings.load({"leese_seconds": 60})

@@ -14,8 +14,8 @@ from PIL import Image
 
 from db.blobs import BlobStore, StorageUnavailable
 from db.jobs import Jobs
-from deployments.claims import Held
 from deployments.endings import Endings, Outcome
+from deployments.held import Held
 from deployments.replica import Replica
 from deployments.settings import Settings
 from deployments.storing import StorageFailed

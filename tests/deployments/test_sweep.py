@@ -33,13 +33,15 @@ async def test_sweep_deletes_only_what_nothing_speaks_of(database: Any, tmp_path
     }
     for key in files.values():
         await blobs.put(BUCKET, key, b"x", "image/png")
-    references = {"kept": f"{user}/{done.id}.png", "lost": f"{user}/{uuid4()}.png"}
+    lost = uuid4()
+    references = {"kept": f"{user}/{done.id}.png", "lost": f"{user}/{lost}.png"}
+    references |= {"kept mask": f"{user}/{done.id}.mask.png", "lost mask": f"{user}/{lost}.mask.png"}
     for key in references.values():
         await blobs.put(REFERENCE_BUCKET, key, b"x", "image/png")
     await queue.settle([Settlement(job_id=done.id, attempt=1, status=Status.COMPLETED, assets=[asset(done.id, 1)])])
 
     assert await Sweep(blobs, queue, grace_seconds=3600).once() == 0  # all of it is too young
-    assert await Sweep(blobs, queue, grace_seconds=0).once() == 3
+    assert await Sweep(blobs, queue, grace_seconds=0).once() == 4
     assert await keys(blobs, BUCKET) == {files["winner"], files["being stored"], files["of another form"]}
-    assert await keys(blobs, REFERENCE_BUCKET) == {references["kept"]}
+    assert await keys(blobs, REFERENCE_BUCKET) == {references["kept"], references["kept mask"]}
     assert await Sweep(blobs, queue, grace_seconds=0).once() == 0

@@ -63,6 +63,32 @@ def picture() -> bytes:
     return buffer.getvalue()
 
 
+@pytest.fixture(scope="session")
+def mask() -> bytes:
+    """A PNG of the picture's size whose left half is to be repainted, but for its first rows."""
+    buffer = io.BytesIO()
+    image = Image.new("L", (96, 96), 0)
+    image.paste(255, (0, 24, 48, 96))
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def two_experts(wan_spec: ModelSpec, tiny_root: Path) -> WAN:
+    """WAN 2.2's layout: one transformer for the noisy steps, another one for the rest."""
+    model = WAN(wan_spec, ensure_tiny("wan", tiny_root, "two_experts"))
+    model.load()
+    return model
+
+
+@pytest.fixture(scope="session")
+def expanded(wan_spec: ModelSpec, tiny_root: Path) -> WAN:
+    """A checkpoint that gets a timestep for each token, as WAN 2.2's 5B model does."""
+    model = WAN(wan_spec, ensure_tiny("wan", tiny_root, "expanded_timesteps"))
+    model.load()
+    return model
+
+
 @pytest.fixture
 def image_request() -> Callable[..., GenerationRequest]:
     def make(reference_bytes: bytes | None = None, **changes: Any) -> GenerationRequest:
@@ -78,7 +104,7 @@ def image_request() -> Callable[..., GenerationRequest]:
             "guidance_scale": 6.0,
             "scheduler": "euler",
         }
-        own = {name: changes.pop(name) for name in ("model", "priority", "batch_size") if name in changes}
+        own = {name: changes.pop(name) for name in ("model", "priority", "batch_size", "mask") if name in changes}
         return GenerationRequest("job-1", GenerationParams(**fields | changes), reference_bytes, **own)
 
     return make

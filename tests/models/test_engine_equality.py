@@ -25,6 +25,8 @@ Make = Callable[..., GenerationRequest]
 
 TOLERANCE = 1e-5  # of the largest value of the latents
 DEADLINE = 120
+UNMASKED = {"bucket": "b", "key": "k", "strength": 0.4}
+MASKED = UNMASKED | {"strength": 0.2, "mask": {"bucket": "b", "key": "m"}}
 PROMPTS = ("a cat", "a red fox in the snow, golden light, " * 6, "(a city)1.3 at night", "x")
 
 
@@ -104,6 +106,11 @@ def stock_sdxl(model: SDXL, request: GenerationRequest) -> Any:
         image = Image.open(io.BytesIO(request.reference)).convert("RGB")
         fitted = ImageOps.fit(image, (params.width, params.height), Image.Resampling.LANCZOS)
         arguments = {"image": fitted, "strength": round(1 - params.reference.strength, 6)}
+        if request.mask is not None:
+            kind = diffusers.StableDiffusionXLInpaintPipeline
+            repainted = ImageOps.fit(Image.open(io.BytesIO(request.mask)), (params.width, params.height))
+            repainted = repainted.point(lambda grey: 255 * (grey >= 128))
+            arguments |= {"mask_image": repainted, "width": params.width, "height": params.height}
     pipeline = kind(**model._pipeline.components, add_watermarker=False)
     pipeline.scheduler = getattr(diffusers, SCHEDULERS[params.scheduler]).from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
@@ -127,7 +134,8 @@ def stock_wan(model: WAN, request: GenerationRequest) -> Any:
     import torch
 
     params = request.params
-    pipeline = diffusers.WanPipeline(**model._pipeline.components, boundary_ratio=model._pipeline.config.boundary_ratio)
+    config = {name: model._pipeline.config[name] for name in ("boundary_ratio", "expand_timesteps")}
+    pipeline = diffusers.WanPipeline(**model._pipeline.components, **config)
     pipeline.scheduler = model._scheduler(params)
     pipeline.set_progress_bar_config(disable=True)
     latents = pipeline(
@@ -153,14 +161,43 @@ async def test_sdxl_alone_is_bitwise_stock(sdxl: SDXL, image_request: Make, sche
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
+async def test_inpainting_alone_is_bitwise_stock(
+    sdxl: SDXL, image_request: Make, picture: bytes, mask: bytes, scheduler: str
+) -> None:
+    request = image_request(picture, mask=mask, reference=MASKED, scheduler=scheduler, steps=6, num_images=2)
+    async with batching(sdxl) as engine:
+        [got] = await run(engine, [Arrival(request)])
+    assert (got == stock_sdxl(sdxl, request)).all()
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+async def test_inpainting_together_is_stock_but_for_rounding(
+    sdxl: SDXL, image_request: Make, picture: bytes, mask: bytes, scheduler: str
+) -> None:
+    """Beside other masks, plain images and images from images, of mixed steps and guidance, that join later."""
+    own = {"scheduler": scheduler, "reference": MASKED}
+    arrivals = [
+        Arrival(image_request(picture, mask=mask, steps=9, num_images=2, **own)),
+        Arrival(image_request(steps=5, scheduler="euler", seed=3)),
+        Arrival(image_request(mask, mask=mask, steps=12, seed=5, guidance_scale=9.0, **own), after=2),
+        Arrival(image_request(picture, steps=10, seed=6, scheduler="dpm++", reference=UNMASKED), after=1),
+        Arrival(image_request(picture, mask=mask, steps=8, guidance_scale=1.0, negative_prompt="", **own), after=3),
+    ]
+    async with batching(sdxl) as engine:
+        got = await run(engine, arrivals)
+        assert engine.rows > 2 * engine.forwards
+    for arrival, latents in zip(arrivals, got, strict=True):
+        assert difference(latents, stock_sdxl(sdxl, arrival.request)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 async def test_sdxl_together_is_stock_but_for_rounding(
     sdxl: SDXL, image_request: Make, picture: bytes, scheduler: str
 ) -> None:
     """Every scheduler, from text and from an image, with others of mixed steps, guidance and length that join later."""
-    reference = {"bucket": "b", "key": "k", "strength": 0.4}
     own = [
         image_request(scheduler=scheduler, steps=8, prompt=PROMPTS[1], num_images=2),
-        image_request(picture, scheduler=scheduler, steps=9, reference=reference, seed=4),
+        image_request(picture, scheduler=scheduler, steps=9, reference=UNMASKED, seed=4),
     ]
     others = [
         image_request(scheduler="euler", steps=4, guidance_scale=1.0, negative_prompt="", seed=3),
@@ -197,7 +234,7 @@ async def test_wan_together_is_stock_but_for_rounding(wan: WAN, video_request: M
         assert difference(latents, stock_wan(wan, arrival.request)) <= TOLERANCE
 
 
-def _requests(make: Make, picture: bytes) -> st.SearchStrategy[Arrival]:
+def _requests(make: Make, picture: bytes, mask: bytes) -> st.SearchStrategy[Arrival]:
     @st.composite
     def arrival(draw: st.DrawFn) -> Arrival:
         guidance = draw(st.sampled_from([1.0, 3.0, 7.5]))
@@ -215,6 +252,9 @@ def _requests(make: Make, picture: bytes) -> st.SearchStrategy[Arrival]:
         if draw(st.booleans()):
             fields["reference"] = {"bucket": "b", "key": "k", "strength": draw(st.sampled_from([0.2, 0.5]))}
             started_from = picture
+            if draw(st.booleans()):
+                fields["mask"] = mask
+                fields["reference"] = MASKED
         cancelled = draw(st.one_of(st.none(), st.none(), st.integers(0, 6)))
         return Arrival(make(started_from, **fields), draw(st.integers(0, 12)), cancelled)
 
@@ -222,13 +262,13 @@ def _requests(make: Make, picture: bytes) -> st.SearchStrategy[Arrival]:
 
 
 async def test_sdxl_with_joins_and_leaves_at_random_steps_is_stock(
-    sdxl: SDXL, image_request: Make, picture: bytes
+    sdxl: SDXL, image_request: Make, picture: bytes, mask: bytes
 ) -> None:
     async with batching(sdxl, slots=6) as engine:
         loop = asyncio.get_running_loop()
 
         @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-        @given(st.lists(_requests(image_request, picture), min_size=2, max_size=5))
+        @given(st.lists(_requests(image_request, picture, mask), min_size=2, max_size=5))
         def holds(arrivals: list[Arrival]) -> None:
             got = asyncio.run_coroutine_threadsafe(run(engine, arrivals), loop).result(DEADLINE)
             for arrival, latents in zip(arrivals, got, strict=True):
@@ -239,6 +279,93 @@ async def test_sdxl_with_joins_and_leaves_at_random_steps_is_stock(
             assert engine.free_slots == engine.slots
 
         await asyncio.to_thread(holds)
+
+
+@pytest.mark.parametrize("scheduler", WAN_SCHEDULERS)
+async def test_two_experts_alone_are_bitwise_stock(two_experts: WAN, video_request: Make, scheduler: str) -> None:
+    request = video_request(scheduler=scheduler, steps=6)
+    async with batching(two_experts) as engine:
+        [got] = await run(engine, [Arrival(request)])
+    assert (got == stock_wan(two_experts, request)).all()
+
+
+@pytest.mark.parametrize("scheduler", WAN_SCHEDULERS)
+async def test_two_experts_together_are_stock_but_for_rounding(
+    two_experts: WAN, video_request: Make, scheduler: str
+) -> None:
+    """Requests that join on both sides of the others' boundary, with steps, guidance and shifts of their own."""
+    arrivals = [
+        Arrival(video_request(scheduler=scheduler, steps=6)),
+        Arrival(video_request(scheduler=scheduler, steps=6, guidance_scale=1.0, negative_prompt="", seed=8)),
+        Arrival(video_request(scheduler="euler", steps=8, seed=9, prompt="a dog runs"), after=3),
+        Arrival(video_request(scheduler="unipc", steps=5, seed=10, shift=2.0), after=6),
+        Arrival(video_request(frames=1, fps=None, scheduler=scheduler, steps=7), after=1),
+    ]
+    async with batching(two_experts) as engine:
+        got = await run(engine, arrivals)
+        assert engine.rows > engine.forwards
+    for arrival, latents in zip(arrivals, got, strict=True):
+        assert difference(latents, stock_wan(two_experts, arrival.request)) <= TOLERANCE
+
+
+async def test_joins_at_random_steps_across_the_boundary_of_two_experts_are_stock(
+    two_experts: WAN, video_request: Make
+) -> None:
+    fields = st.fixed_dictionaries(
+        {
+            "seed": st.integers(0, 2**40),
+            "steps": st.integers(2, 8),
+            "scheduler": st.sampled_from(sorted(WAN_SCHEDULERS)),
+            "shift": st.sampled_from([1.0, 3.0, 5.0]),
+            "frames": st.sampled_from([5, 5, 9]),
+            "guidance_scale": st.sampled_from([3.0, 6.5]),
+        }
+    )
+    cancelled = st.one_of(st.none(), st.none(), st.integers(0, 6))
+    arrivals_of = st.builds(
+        lambda changes, after, stop: Arrival(video_request(**changes), after, stop),
+        fields,
+        st.integers(0, 12),
+        cancelled,
+    )
+    together: set[bool] = set()
+    async with batching(two_experts, slots=6) as engine:
+        loop, step = asyncio.get_running_loop(), engine._forwards.step
+
+        def watched(parked: Any) -> Any:
+            together.add(len({id(run.call.module) for run in parked}) == 2)
+            return step(parked)
+
+        engine._forwards.step = watched  # type: ignore[method-assign]
+
+        @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+        @given(st.lists(arrivals_of, min_size=2, max_size=4))
+        def holds(arrivals: list[Arrival]) -> None:
+            got = asyncio.run_coroutine_threadsafe(run(engine, arrivals), loop).result(DEADLINE)
+            for arrival, latents in zip(arrivals, got, strict=True):
+                if latents is None:
+                    assert arrival.cancelled_after is not None
+                else:
+                    assert difference(latents, stock_wan(two_experts, arrival.request)) <= TOLERANCE
+
+        await asyncio.to_thread(holds)
+    assert together == {True, False}  # requests did wait for different experts at the same time
+
+
+async def test_a_timestep_for_each_token_is_shared_and_stock(expanded: WAN, video_request: Make) -> None:
+    arrivals = [
+        Arrival(video_request(steps=5)),
+        Arrival(video_request(steps=4, scheduler="euler", seed=8)),
+        Arrival(video_request(steps=6, scheduler="dpm++", seed=9, guidance_scale=1.0, negative_prompt=""), after=2),
+    ]
+    async with batching(expanded) as engine:
+        [alone] = await run(engine, arrivals[:1])
+        rows, forwards = engine.rows, engine.forwards
+        got = await run(engine, arrivals)
+        assert engine.rows - rows > engine.forwards - forwards
+    assert (alone == stock_wan(expanded, arrivals[0].request)).all()
+    for arrival, latents in zip(arrivals, got, strict=True):
+        assert difference(latents, stock_wan(expanded, arrival.request)) <= TOLERANCE
 
 
 async def test_reproducible_request_keeps_its_forwards_to_itself(sdxl: SDXL, image_request: Make) -> None:

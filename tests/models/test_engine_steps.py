@@ -37,8 +37,8 @@ def batching_costs(*shapes: Shape) -> Costs:
 
 
 @asynccontextmanager
-async def running(*models: Model, slots: int = 4) -> AsyncIterator[Engine]:
-    engine = Engine(*models, slots=slots)
+async def running(*models: Model, slots: int = 4, overlap: bool = True) -> AsyncIterator[Engine]:
+    engine = Engine(*models, slots=slots, overlap=overlap)
     engine.start()
     try:
         async with asyncio.timeout(DEADLINE):
@@ -240,6 +240,25 @@ async def test_only_denoising_is_done_on_the_denoising_thread(
     name = sdxl.model_name
     pixels, text = {f"{name} pixels"}, {f"{name} text"}
     assert threads == {"start": pixels, "decode": pixels, "text": text, "denoise": {"engine"}}
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+async def test_failed_decode_fails_its_own_request(
+    sdxl: SDXL, image_request: Make, monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
+    async with running(sdxl, overlap=overlap) as engine:
+        vae, decode = sdxl._pipeline.vae, sdxl._pipeline.vae.decode
+
+        def failing(latents: Any, *args: Any, **kwargs: Any) -> Any:
+            if len(latents) == 3:
+                raise RuntimeError("no")
+            return decode(latents, *args, **kwargs)
+
+        monkeypatch.setattr(vae, "decode", failing)
+        tickets = [engine.submit(image_request(num_images=count)) for count in (3, 2)]
+        failed, made = await outcomes(*tickets)
+    assert isinstance(failed, GenerationFailed)
+    assert made.seeds == [11, 12]
 
 
 async def test_encoded_prompts_are_kept(sdxl: SDXL, image_request: Make) -> None:

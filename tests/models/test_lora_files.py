@@ -96,3 +96,16 @@ def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
     path.write_text("nothing of the kind")
     with pytest.raises(LoraInvalid, match="damaged"):
         ProfileLoras({"text": LoraSource(source=str(path))}).file("text")
+
+
+def test_what_is_registered_later_can_be_loaded_and_hides_nothing_of_the_profile(tmp_path: Path) -> None:
+    ink = saved(tmp_path / "ink.safetensors", PAIR)
+    oil = saved(tmp_path / "oil.safetensors", PAIR)
+    registry = ProfileLoras({"ink": LoraSource(source=str(ink))})
+    registry.renew({"oil": LoraSource(source=str(oil)), "ink": LoraSource(source="/elsewhere.safetensors")})
+    assert set(registry.names()) == {"ink", "oil"}
+    assert registry.file("oil").path == oil
+    assert registry.file("ink").path == ink
+    registry.renew({})
+    with pytest.raises(LoraInvalid, match="no longer"):
+        registry.file("oil")

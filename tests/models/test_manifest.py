@@ -13,6 +13,7 @@ from models.fingerprint import Fingerprint
 from models.generation import Generation
 from models.manifest import TRAINED_ALGORITHMIC_MEDIA, Difference, Manifest, Origin, Pixels, describe, differences, xmp
 from models.params import GenerationParams, Reference
+from models.reference import StoredImage
 
 PROMPT, ENHANCED, NEGATIVE = "a very private lighthouse", "a red mill on a hill", "nothing blurry"
 PIXELS = Pixels(sha256="a" * 64, width=64, height=48)
@@ -103,6 +104,15 @@ def test_a_reference_is_told_by_its_bytes_and_not_by_its_place(origin: Origin, g
     manifest = made(replace(origin, params=params(reference=reference), reference=b"picture"), generation)
     digest = hashlib.sha256(b"picture").hexdigest()
     assert manifest.parameters["reference"] == {"sha256": digest, "strength": 0.25, "kind": "style"}
+    assert "user-17" not in manifest.model_dump_json()
+
+
+def test_a_mask_is_told_by_its_bytes_as_well(origin: Origin, generation: Generation) -> None:
+    mask = StoredImage(bucket="reference_images", key="user-17/r.mask.png")
+    reference = Reference(bucket="reference_images", key="user-17/r.png", mask=mask)
+    repainted = replace(origin, params=params(reference=reference), reference=b"picture", mask=b"mask")
+    manifest = made(repainted, generation)
+    assert manifest.parameters["reference"]["mask_sha256"] == hashlib.sha256(b"mask").hexdigest()
     assert "user-17" not in manifest.model_dump_json()
 
 

@@ -267,14 +267,13 @@ def test_a_model_has_the_loras_of_its_profile() -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("sdxl", {"loras": {"ink": {"source": "a/b"}}}, "go together"),
-        ("wan", {"lora_cache_gib": 1}, "go together"),
+        ("sdxl", {"loras": {"ink": {"source": "a/b"}}}, "need lora_cache_gib"),
         ("sdxl", {"loras": {"ink": {"source": "a/b"}}, "lora_cache_gib": 10}, "part of memory_gib"),
         ("qwen", {"loras": {"ink": {"source": "a/b"}}, "lora_cache_gib": 1}, "would have no effect"),
         ("sdxl", {"loras": {"../ink": {"source": "a/b"}}, "lora_cache_gib": 1}, "pattern"),
         ("sdxl", {"loras": {"ink": {"source": "a/b", "file": "ink.bin"}}, "lora_cache_gib": 1}, "pattern"),
         ("sdxl", {"loras": {"ink": {"source": "a/b", "rank": 8}}, "lora_cache_gib": 1}, "extra"),
-        ("sdxl", {"mix_loras": False}, "without loras"),
+        ("sdxl", {"mix_loras": False}, "without lora_cache_gib"),
         (
             "sdxl",
             {"loras": {"ink": {"source": "a/b"}}, "lora_cache_gib": 1, "acceleration": {"fuse_qkv": True}},

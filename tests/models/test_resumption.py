@@ -1,10 +1,12 @@
 """A run that goes on from another's state makes the same latents, bit for bit."""
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from PIL import Image, ImageOps
 
 from models.engine import Cancelled, GenerationRequest
 from models.pipeline import PipelineModel
@@ -74,6 +76,33 @@ def test_sdxl_resumes_from_an_image(sdxl: SDXL, image_request: Make, recorder: A
     assert settings["resumed_from_step"] == 3
 
 
+@pytest.mark.parametrize("scheduler", ["euler_a", "heun", "dpm++"])
+def test_inpainting_resumes(
+    sdxl: SDXL, image_request: Make, recorder: Any, picture: bytes, mask: bytes, scheduler: str
+) -> None:
+    reference = {"bucket": "b", "key": "k", "strength": 0.2, "mask": {"bucket": "b", "key": "m"}}
+    request = image_request(picture, mask=mask, scheduler=scheduler, steps=10, num_images=2, reference=reference)
+    expected, _ = final(sdxl, request, recorder())
+    state = interrupted(sdxl, request, recorder, after=5, every=2)
+    control = Counting(recorder).kind()
+    got, settings = final(sdxl, replace(request, resume=state), control)
+    assert (got == expected).all()
+    assert settings["resumed_from_step"] == 4
+    assert control.forwards == (2 * 8 - 1 if scheduler == "heun" else 8) - 4
+
+
+def test_state_of_another_mask_is_not_gone_on_from(
+    sdxl: SDXL, image_request: Make, recorder: Any, picture: bytes, mask: bytes
+) -> None:
+    reference = {"bucket": "b", "key": "k", "strength": 0.2, "mask": {"bucket": "b", "key": "m"}}
+    request = image_request(picture, mask=mask, steps=5, reference=reference)
+    state = interrupted(sdxl, request, recorder, after=2, every=1)
+    buffer = io.BytesIO()
+    ImageOps.invert(Image.open(io.BytesIO(mask))).save(buffer, format="PNG")
+    _, settings = final(sdxl, replace(request, mask=buffer.getvalue(), resume=state), recorder())
+    assert settings["resumed_from_step"] is None
+
+
 def test_second_batch_resumes_and_the_first_is_made_anew(sdxl: SDXL, image_request: Make, recorder: Any) -> None:
     request = replace(image_request(steps=4, num_images=2), batch_size=1)
     expected = sdxl.generate(request, recorder()).images
@@ -84,6 +113,21 @@ def test_second_batch_resumes_and_the_first_is_made_anew(sdxl: SDXL, image_reque
     assert made.images is not None
     assert [image.tobytes() for image in made.images] == [image.tobytes() for image in expected]
     assert control.forwards == 4 + 2
+
+
+@pytest.mark.parametrize("scheduler", WAN_SCHEDULERS)
+@pytest.mark.parametrize("after", [2, 5])
+def test_two_experts_resume_on_either_side_of_their_boundary(
+    two_experts: WAN, video_request: Make, recorder: Any, scheduler: str, after: int
+) -> None:
+    request = video_request(scheduler=scheduler, steps=8)
+    expected, _ = final(two_experts, request, recorder())
+    state = interrupted(two_experts, request, recorder, after=after, every=1)
+    control = Counting(recorder).kind()
+    got, settings = final(two_experts, replace(request, resume=state), control)
+    assert (got == expected).all()
+    assert settings["resumed_from_step"] == after
+    assert control.forwards == 2 * (8 - after)
 
 
 @pytest.mark.parametrize("scheduler", WAN_SCHEDULERS)

@@ -1,5 +1,6 @@
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ from PIL import Image, ImageOps
 
 from models.engine import Cancelled, GenerationRequest, InvalidInput, ModelLoadFailed
 from models.params import Reference
+from models.preview import Snapshots
 from models.profile import ModelSpec
+from models.reference import StoredImage
 from models.sdxl import SCHEDULERS, SDXL
+from models.tiny import ensure_tiny
 
 Make = Callable[..., GenerationRequest]
 
@@ -20,17 +24,17 @@ def pixels(images: list[Image.Image] | None) -> list[bytes]:
     return [image.tobytes() for image in images]
 
 
-def stock(folder: Path, request: GenerationRequest, image_to_image: bool = False, **changes: Any) -> list[bytes]:
+def stock(folder: Path, request: GenerationRequest, kind: Any = None, **changes: Any) -> list[bytes]:
     """What diffusers itself makes of the same parameters, from a pipeline of its own."""
     import diffusers
     import torch
 
     params = request.params
-    kind = diffusers.StableDiffusionXLImg2ImgPipeline if image_to_image else diffusers.StableDiffusionXLPipeline
-    pipeline = kind.from_pretrained(folder, add_watermarker=False)
+    pipeline = (kind or diffusers.StableDiffusionXLPipeline).from_pretrained(folder, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     scheduler = getattr(diffusers, SCHEDULERS[params.scheduler])
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    image_to_image = kind is diffusers.StableDiffusionXLImg2ImgPipeline
     size = {} if image_to_image else {"width": params.width, "height": params.height}
     assert params.seed is not None
     arguments = {
@@ -42,6 +46,14 @@ def stock(folder: Path, request: GenerationRequest, image_to_image: bool = False
         "generator": [torch.Generator().manual_seed(params.seed + i) for i in range(params.num_images)],
     }
     return pixels(pipeline(**arguments | size | changes).images)
+
+
+@pytest.fixture(scope="module")
+def repainter(sdxl_spec: ModelSpec, tiny_root: Path) -> SDXL:
+    """A checkpoint whose UNet takes mask and masked image beside the latents."""
+    model = SDXL(sdxl_spec, ensure_tiny("sdxl", tiny_root, "inpaint"))
+    model.load()
+    return model
 
 
 def reference_image() -> tuple[bytes, Image.Image]:
@@ -127,12 +139,16 @@ def test_cancel_stops_at_the_next_step_and_leaves_the_model_as_it_was(
 def test_reference_gives_what_stock_image_to_image_gives(
     sdxl: SDXL, tiny_sdxl: Path, image_request: Make, recorder: Any, kept: float, noise: float, steps_run: int
 ) -> None:
+    import diffusers
+
     data, image = reference_image()
     reference = Reference(bucket="reference_images", key="a.png", strength=kept)
     request = image_request(data, reference=reference, steps=10, num_images=3)
     made = sdxl.generate(request, recorder())
     fitted = ImageOps.fit(image, (64, 64), Image.Resampling.LANCZOS)
-    assert pixels(made.images) == stock(tiny_sdxl, request, image_to_image=True, image=fitted, strength=noise)
+    assert pixels(made.images) == stock(
+        tiny_sdxl, request, kind=diffusers.StableDiffusionXLImg2ImgPipeline, image=fitted, strength=noise
+    )
     assert pixels(made.images) == pixels(sdxl.generate(request, recorder()).images)
     assert made.settings["denoise_steps"] == steps_run
     assert made.settings["reference"] == {
@@ -216,3 +232,134 @@ def test_load_on_an_absent_card_says_so(sdxl_spec: ModelSpec, tiny_sdxl: Path) -
     model = SDXL(sdxl_spec.model_copy(update={"device": "cuda"}), tiny_sdxl)
     with pytest.raises(ModelLoadFailed, match="CUDA"):
         model.load()
+
+
+# --- inpainting ---------------------------------------------------------------------------------------------
+
+
+def masked(**changes: Any) -> Reference:
+    return Reference(bucket="b", key="k", mask=StoredImage(bucket="b", key="m"), **changes)
+
+
+def halves(data: bytes) -> bytes:
+    """A mask of the picture's size with the left half white."""
+    image = Image.new("L", Image.open(io.BytesIO(data)).size, 0)
+    image.paste(255, (0, 0, image.width // 2, image.height))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def test_mask_gives_what_stock_inpainting_gives(
+    sdxl: SDXL, tiny_sdxl: Path, image_request: Make, recorder: Any
+) -> None:
+    import diffusers
+
+    data, image = reference_image()
+    request = image_request(data, mask=halves(data), reference=masked(strength=0.25), steps=10, num_images=3)
+    made = sdxl.generate(request, recorder())
+    repainted = Image.new("L", (64, 64), 0)
+    repainted.paste(255, (0, 0, 32, 64))
+    expected = stock(
+        tiny_sdxl,
+        request,
+        kind=diffusers.StableDiffusionXLInpaintPipeline,
+        image=ImageOps.fit(image, (64, 64), Image.Resampling.LANCZOS),
+        mask_image=repainted,
+        strength=0.75,
+    )
+    assert pixels(made.images) == expected
+    assert made.settings["pipeline"] == "StableDiffusionXLInpaintPipeline"
+    assert made.settings["denoise_steps"] == 7
+    assert made.settings["reference"] == {
+        "strength": 0.25,
+        "denoise_strength": 0.75,
+        "width": 100,
+        "height": 80,
+        "resize_policy": "center_crop",
+        "mask": {"width": 100, "height": 80, "repainted": 0.5},
+    }
+
+
+def test_mask_keeps_what_is_black(sdxl: SDXL, image_request: Make, recorder: Any) -> None:
+    """Other words change the white half of the latents and nothing of the black one."""
+    data, _ = reference_image()
+    latents = []
+    for prompt in ("a cat", "a red fox in the snow"):
+        snapshots = Snapshots(0)
+        request = image_request(data, mask=halves(data), reference=masked(strength=0.1), prompt=prompt, steps=5)
+        sdxl.generate(replace(request, snapshots=snapshots), recorder())
+        last = snapshots.take()
+        assert last is not None
+        latents.append(last.latents)
+    assert (latents[0][..., 4:] == latents[1][..., 4:]).all()
+    assert (latents[0][..., :4] != latents[1][..., :4]).any()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 6.0])
+def test_checkpoint_of_nine_channels_repaints(
+    repainter: SDXL, tiny_root: Path, image_request: Make, recorder: Any, guidance: float
+) -> None:
+    import diffusers
+
+    data, image = reference_image()
+    changes: dict[str, Any] = {} if guidance > 1 else {"negative_prompt": ""}
+    request = image_request(
+        data, mask=halves(data), reference=masked(strength=0.1), guidance_scale=guidance, steps=5, **changes
+    )
+    repainted = Image.new("L", (64, 64), 0)
+    repainted.paste(255, (0, 0, 32, 64))
+    expected = stock(
+        ensure_tiny("sdxl", tiny_root, "inpaint"),
+        request,
+        kind=diffusers.StableDiffusionXLInpaintPipeline,
+        image=ImageOps.fit(image, (64, 64), Image.Resampling.LANCZOS),
+        mask_image=repainted,
+        strength=0.9,
+    )
+    assert pixels(repainter.generate(request, recorder()).images) == expected
+
+
+def test_checkpoint_of_nine_channels_does_nothing_else(repainter: SDXL, image_request: Make, recorder: Any) -> None:
+    data, _ = reference_image()
+    unmasked = Reference(bucket="b", key="k", strength=0.5)
+    for request in (image_request(), image_request(data, reference=unmasked)):
+        with pytest.raises(InvalidInput, match="only repaints"):
+            repainter.generate(request, recorder())
+
+
+def test_checkpoint_of_nine_channels_warms_up_and_is_measured(repainter: SDXL) -> None:
+    repainter.warm_up()
+    assert repainter.measure(None).measured
+
+
+@pytest.mark.parametrize(
+    ("reference_bytes", "mask", "reference"),
+    [
+        (reference_image()[0], None, masked()),
+        (reference_image()[0], halves(reference_image()[0]), Reference(bucket="b", key="k")),
+        (None, halves(reference_image()[0]), None),
+        (reference_image()[0], b"no picture", masked()),
+    ],
+)
+def test_mask_that_cannot_be_honoured_is_refused(
+    sdxl: SDXL, image_request: Make, recorder: Any, reference_bytes: bytes, mask: bytes | None, reference: Any
+) -> None:
+    with pytest.raises(InvalidInput, match="mask"):
+        sdxl.generate(image_request(reference_bytes, mask=mask, reference=reference), recorder())
+
+
+def test_guidance_interval_holds_while_a_mask_is_repainted(sdxl: SDXL, image_request: Make, recorder: Any) -> None:
+    data, _ = reference_image()
+    whole = image_request(data, mask=halves(data), reference=masked(strength=0.1), steps=10)
+    part = replace(whole, params=whole.params.model_copy(update={"guidance_interval": (0.3, 0.8)}))
+    rows: list[int] = []
+
+    class Counting(recorder):  # type: ignore[misc]
+        def forward(self, call: Any) -> Any:
+            rows.append(call.rows)
+            return super().forward(call)
+
+    made = sdxl.generate(part, Counting())
+    assert rows == [1, 1, 1, 2, 2, 2, 2, 2, 1]
+    assert pixels(made.images) != pixels(sdxl.generate(whole, recorder()).images)

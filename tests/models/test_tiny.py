@@ -27,6 +27,25 @@ def test_weights_are_the_same_wherever_they_are_built(tiny_wan: Path, tmp_path: 
     assert digest(ensure_tiny("wan", tmp_path)) == digest(tiny_wan)
 
 
+def test_variants_lie_beside_the_plain_checkpoint(tiny_root: Path, tiny_wan: Path, tiny_sdxl: Path) -> None:
+    folders = {
+        tiny_wan,
+        tiny_sdxl,
+        ensure_tiny("wan", tiny_root, "two_experts"),
+        ensure_tiny("wan", tiny_root, "expanded_timesteps"),
+        ensure_tiny("sdxl", tiny_root, "inpaint"),
+    }
+    assert len(folders) == 5
+    with pytest.raises(KeyError):
+        ensure_tiny("qwen", tiny_root, "inpaint")
+
+
+def test_experts_are_two(tiny_root: Path) -> None:
+    folder = ensure_tiny("wan", tiny_root, "two_experts")
+    first, second = (next((folder / name).glob("*.safetensors")) for name in ("transformer", "transformer_2"))
+    assert first.read_bytes() != second.read_bytes()
+
+
 def test_building_leaves_the_random_state_alone(tmp_path: Path) -> None:
     import torch
 

@@ -1,13 +1,18 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from models.acceleration import blank_inputs, denoisers
 from models.engine import Cancelled, GenerationRequest, InvalidInput
 from models.params import Reference
+from models.profile import ModelSpec
+from models.tiny import ensure_tiny
 from models.wan import WAN
+from tests.models.lora_making import make_lora
 
 Make = Callable[..., GenerationRequest]
 
@@ -137,3 +142,109 @@ def test_request_that_cannot_be_honoured_is_refused(
     with pytest.raises(InvalidInput):
         wan.generate(video_request(**changes), control)
     assert control.phases == []
+
+
+# --- WAN 2.2 ------------------------------------------------------------------------------------------------
+
+
+def test_two_experts_make_the_frames_of_the_stock_pipeline(
+    two_experts: WAN, tiny_root: Path, video_request: Make, recorder: Any
+) -> None:
+    request = video_request(steps=6)
+    made = two_experts.generate(request, recorder())
+    assert made.frames is not None
+    assert np.array_equal(made.frames, stock(ensure_tiny("wan", tiny_root, "two_experts"), request))
+    assert (made.settings["experts"], made.settings["boundary_ratio"]) == (2, 0.875)
+
+
+def test_one_expert_says_so(wan: WAN, video_request: Make, recorder: Any) -> None:
+    settings = wan.generate(video_request(steps=1), recorder()).settings
+    assert (settings["experts"], settings["boundary_ratio"]) == (1, None)
+
+
+def test_experts_change_at_the_boundary(two_experts: WAN, video_request: Make, recorder: Any) -> None:
+    """Above 875 of 1000 the one, below the other, by the timesteps that shift and steps lead to."""
+    calls: list[tuple[float, Any]] = []
+
+    class Watching(recorder):  # type: ignore[misc]
+        def forward(self, call: Any) -> Any:
+            calls.append((float(call.arguments["timestep"][0]), call.module))
+            return super().forward(call)
+
+    two_experts.generate(video_request(steps=8, guidance_scale=1.0, negative_prompt=""), Watching())
+    noisy, rest = two_experts._pipeline.transformer, two_experts._pipeline.transformer_2
+    assert [module is noisy for _, module in calls] == [timestep >= 875 for timestep, _ in calls]
+    assert {module for _, module in calls} == {noisy, rest}
+
+
+def test_two_experts_warm_up_and_are_measured(two_experts: WAN) -> None:
+    two_experts.warm_up()
+    assert two_experts.measure(None).measured
+
+
+def test_lora_changes_both_experts(
+    wan_spec: ModelSpec, tiny_root: Path, video_request: Make, recorder: Any, tmp_path: Path
+) -> None:
+    folder = ensure_tiny("wan", tiny_root, "two_experts")
+    plain = WAN(wan_spec, folder)
+    plain.load()
+    file = make_lora(tmp_path / "l.safetensors", plain._pipeline, 3, parts=("transformer",), style="diffusers")
+    loras = {"red": {"source": str(file)}}
+    model = WAN(
+        ModelSpec.model_validate(wan_spec.model_dump(exclude_unset=True) | {"loras": loras, "lora_cache_gib": 1}),
+        folder,
+    )
+    model.load()
+    changed: dict[int, bool] = {}
+
+    class Watching(recorder):  # type: ignore[misc]
+        def forward(self, call: Any) -> Any:
+            with_lora = call.run()[0]
+            without = replace(call, adapters=()).run()[0]
+            changed[id(call.module)] = bool((with_lora != without).any())
+            return (with_lora,)
+
+    made = model.generate(video_request(steps=6, loras=[{"name": "red", "weight": 1.0}]), Watching())
+    assert changed == {id(model._pipeline.transformer): True, id(model._pipeline.transformer_2): True}
+    assert [lora["name"] for lora in made.settings["loras"]] == ["red"]
+
+
+def test_a_timestep_for_each_token_makes_the_frames_of_the_stock_pipeline(
+    expanded: WAN, tiny_root: Path, video_request: Make, recorder: Any
+) -> None:
+    shapes = set()
+
+    class Watching(recorder):  # type: ignore[misc]
+        def forward(self, call: Any) -> Any:
+            shapes.add(tuple(call.arguments["timestep"].shape))
+            return super().forward(call)
+
+    made = expanded.generate(video_request(), Watching())
+    assert made.frames is not None
+    assert np.array_equal(made.frames, stock(ensure_tiny("wan", tiny_root, "expanded_timesteps"), video_request()))
+    assert shapes == {(1, 5 * 6 * 4)}
+
+
+@pytest.mark.parametrize("name", ["two_experts", "expanded"])
+def test_denoisers_are_warmed_with_what_the_pipeline_gives_them(
+    name: str, request: pytest.FixtureRequest, video_request: Make, recorder: Any
+) -> None:
+    model = request.getfixturevalue(name)
+    given: dict[Any, dict[str, tuple[int, ...]]] = {}
+
+    class Watching(recorder):  # type: ignore[misc]
+        def forward(self, call: Any) -> Any:
+            tensors = {n: tuple(v.shape) for n, v in call.arguments.items() if hasattr(v, "shape")}
+            given[call.module] = tensors
+            return super().forward(call)
+
+    model.generate(video_request(steps=6), Watching())
+    assert list(given) == denoisers(model._pipeline)
+    for denoiser, shapes in given.items():
+        blank = blank_inputs(model._pipeline, denoiser, 1, 64, 96, 17)
+        assert {n: tuple(v.shape) for n, v in blank.items()} == shapes
+
+
+def test_mask_is_refused(wan: WAN, video_request: Make, recorder: Any) -> None:
+    with pytest.raises(InvalidInput, match="reference"):
+        wan.generate(replace(video_request(), mask=b"x"), recorder())
