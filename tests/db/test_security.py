@@ -104,7 +104,8 @@ async def people(shared_database: Any) -> People:
         )
         await pool.execute("INSERT INTO user_activity_log (user_id, action) VALUES ($1, 'looked')", user)
         await pool.execute(
-            """INSERT INTO reference_uploads (id, user_id, storage_path, mime_type, file_size_bytes, width, height, sha256)
+            """INSERT INTO reference_uploads (id, user_id, storage_path, mime_type, file_size_bytes, width, height,
+                                               sha256)
                VALUES (gen_random_uuid(), $1::uuid, $1::uuid::text, 'image/png', 1, 1, 1, sha256('x'))""",
             user,
         )
