@@ -190,7 +190,7 @@ class Replica:
         """One job, from claim to end."""
         # `UNKNOWN` stays when the end could not be written and may or may not have been: then the files are not ours
         # to delete, since a committed row may speak of them
-        claim, outcome = held.claim, Outcome.UNKNOWN
+        claim, outcome, failed = held.claim, Outcome.UNKNOWN, False
         started = time.monotonic()
         count = partial(self.metrics.previewed, self.family)
         previews = Previews(held, self.settings.preview_seconds, self._blobs, count)
@@ -199,11 +199,13 @@ class Replica:
             generation, assets = await self._make(held, previews, states)
             outcome = Outcome.COMPLETED if await self._finish(held, generation, assets) else Outcome.LOST
         except GenerationError as error:
+            failed = isinstance(error, GenerationFailed)
             outcome = await self._endings.failed(held, error)
             self.metrics.job_failed(self.family, error.code, outcome)
         finally:
             previews.end()
-            await states.end(job_is_over=outcome in (Outcome.COMPLETED, Outcome.FAILED, Outcome.CANCELLED))
+            over = outcome in (Outcome.COMPLETED, Outcome.FAILED, Outcome.CANCELLED)
+            await states.end(job_is_over=over or (states.resumed and failed))
             if outcome not in (Outcome.COMPLETED, Outcome.UNKNOWN):
                 await self._storing.discard(claim)
             self._notifier.job(claim.job_id)
@@ -332,8 +334,7 @@ class Replica:
 def _compute_seconds(generation: Generation) -> float:
     """The replica's time that the job had: its share of the forwards, and what was done for it alone."""
     timings = generation.timings_ms
-    alone = timings.get("encode", 0.0) + timings.get("decode", 0.0)
-    return (timings.get("compute", timings["total"] - alone) + alone) / 1000
+    return timings.get("compute", timings["total"]) / 1000
 
 
 class ReferenceGone(GenerationError):

@@ -41,6 +41,7 @@ class RunStates:
         self._held, self._blobs = held, blobs
         self._key = state_key(held.claim.job["user_id"], held.claim.job_id)
         self.states = States(every) if every else None
+        self.resumed = False  # this run goes on from what another has left
         self._task: asyncio.Task[None] | None = None
 
     async def resume(self) -> bytes | None:
@@ -48,9 +49,11 @@ class RunStates:
         if self.states is None or self._held.claim.attempt == 1:
             return None
         try:
-            return await self._blobs.get(BUCKET, self._key)
+            state = await self._blobs.get(BUCKET, self._key)
         except BlobNotFound:
             return None
+        self.resumed = True
+        return state
 
     def look(self) -> None:
         """Begin to store the next state, if there is one and none is being stored. Returns at once."""
@@ -60,7 +63,8 @@ class RunStates:
                 self._task = asyncio.create_task(self._store(state))
 
     async def end(self, job_is_over: bool) -> None:
-        """The run has ended; with the job its state goes."""
+        """The run has ended; with the job its state goes. `job_is_over` also for a run that failed on what it went on
+        from: the next one had better begin anew."""
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
         if self.states is None or not job_is_over:

@@ -105,6 +105,8 @@ class Adapters:
     def acquire(self, uses: Sequence[LoraUse]) -> Lease:
         """Loads what is missing, and holds all of it. Raises `LoraInvalid`, `LoraUnavailable`, `LoraNoRoom` or
         `OutOfMemory`, and then holds nothing; the requests that run, and the base model, never notice."""
+        if not uses:  # and waits for no encoding that holds the lock
+            return Lease((), [], self)
         files = {use.name: self._registry.file(use.name) for use in uses}
         weights: dict[str, float] = {}
         for use in uses:  # two names may lead to one file
@@ -152,6 +154,8 @@ class Adapters:
         held.append(adapter)
 
     def _release(self, adapters: Sequence[tuple[str, float]]) -> None:
+        if not adapters:
+            return
         with self._lock:
             for adapter, _ in adapters:
                 self._loaded[adapter].leases -= 1

@@ -8,6 +8,7 @@ job. Nothing here is assumed: without a measurement the answer is None.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -93,7 +94,12 @@ class Costs:
         self.busy_seconds += seconds
         curve = self.seen.setdefault(shape, {})
         before = curve.get(rows)
-        curve[rows] = seconds if before is None else before + LEARNING * (seconds - before)
+        if (
+            before is None or seconds < before / 2
+        ):  # a first forward may have compiled or paused: a much better one counts
+            curve[rows] = seconds
+        else:
+            curve[rows] = before + LEARNING * (seconds - before)
 
     def decoded(self, shape: Shape, pictures: int, seconds: float) -> None:
         """Decoding and conversion of so many pictures or videos took so long."""
@@ -143,17 +149,15 @@ class Costs:
         decoding = self.decoding.seconds_per_pixel * shape.volume * params.num_images if self.decoding else 0.0
         return forward * params.steps + decoding
 
-    def job_bytes(self, params: GenerationParams, batch_size: int | None = None) -> int | None:
-        """The device memory that a job needs beside the weights, for a forward of its own; None where it was not
-        measured."""
+    def forward_bytes(self, params: GenerationParams, rows: int) -> int | None:
+        """The device memory that a forward of so many rows needs beside the weights; None where it was not measured."""
         if self.bytes_per_row_pixel is None:
             return None
-        rows = rows_of(params) * min(batch_size or params.num_images, params.num_images) // params.num_images
         return round(self.bytes_per_row_pixel * rows * shape_of(params).volume)
 
-    def has_room(self, params: GenerationParams, batch_size: int | None = None) -> bool:
+    def has_room(self, params: GenerationParams, rows: int) -> bool:
         """Whether a job's forwards can fit the device at all; True where nothing is known that speaks against it."""
-        needed = self.job_bytes(params, batch_size)
+        needed = self.forward_bytes(params, rows)
         return needed is None or self.room_bytes is None or needed <= self.room_bytes
 
     def _nearest(self, shape: Shape, among: dict[Shape, dict[int, float]] | None = None) -> Shape | None:
@@ -176,11 +180,15 @@ class Costs:
             raise ValueError("another format")
         costs = cls()
         for width, height, frames, curve in document["measured"]:
-            costs.measured[Shape(width, height, frames)] = {int(rows): float(seconds) for rows, seconds in curve}
+            times = {int(rows): float(seconds) for rows, seconds in curve}
+            if not times or not all(rows > 0 and math.isfinite(s) and s > 0 for rows, s in times.items()):
+                raise ValueError("no curve of times")
+            costs.measured[Shape(width, height, frames)] = times
         costs.seen = {shape: dict(curve) for shape, curve in costs.measured.items()}
         if document["seconds_per_pixel"] is not None:
             costs.decoding = Decoding(float(document["seconds_per_pixel"]))
-        costs.bytes_per_row_pixel = document["bytes_per_row_pixel"]
+        if document["bytes_per_row_pixel"] is not None:
+            costs.bytes_per_row_pixel = float(document["bytes_per_row_pixel"])
         return costs
 
     def save(self, path: Path, identity: dict[str, Any]) -> None:
@@ -197,7 +205,7 @@ class Costs:
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             return cls.from_document(document) if document["identity"] == identity else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             return None
 
 

@@ -141,7 +141,7 @@ def run_together(calls: Sequence[Call]) -> list[Any]:
             joined[name], mask = _padded(values)
             if mask is not None:
                 joined[TEXT_MASK] = mask
-        else:
+        elif name != TEXT_MASK or first.arguments[name] is not None:
             joined[name] = _joined(values)
     with applied(first.module, [call.adapters for call in calls for _ in range(call.rows)]):
         return _split(first.module(**joined), rows)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import threading
 import time
 from collections import deque
@@ -46,7 +45,7 @@ from models.generation import (
     as_generation_error,
     release_device_memory,
 )
-from models.lanes import Lane, LaneName, adopt
+from models.lanes import Lanes, adopt, timed
 from models.measuring import room_bytes
 from models.runs import Aside, Run
 from models.tickets import Progress, Ticket
@@ -74,6 +73,8 @@ __all__ = [
 
 log = structlog.get_logger()
 
+UNWINDINGS = 10
+
 
 class Engine:
     """Runs the tickets of its models, up to `slots` of them at a time, step by step.
@@ -95,12 +96,11 @@ class Engine:
         self.closing = False
         self.costs: dict[str, Costs] = {}
         self._costs_folder = costs_folder
-        self._overlap = overlap
         self._fault: type[GenerationError] = Cancelled
         self._waiting: deque[Ticket] = deque()
         self._runs: list[Run] = []
-        self._returned: deque[tuple[Run, Any, BaseException | None]] = deque()
-        self._lanes: dict[tuple[str, LaneName], Lane] = {}
+        self._returned: deque[tuple[Run, Any, BaseException | None, float]] = deque()
+        self._lanes = Lanes(overlap)
         self._forwards = Forwards()
         self._changed = threading.Condition()
         self._ready: Future[None] = Future()
@@ -110,7 +110,7 @@ class Engine:
     @property
     def alive(self) -> bool:
         """Whether the engine can still finish anything: its thread runs and the device works."""
-        return self._thread.is_alive() and self.broken is None
+        return self._thread.is_alive() and self.broken is None and not self._lanes.hung
 
     @property
     def forwards(self) -> int:
@@ -130,7 +130,8 @@ class Engine:
     def shapes(self, model_name: str) -> set[Shape]:
         """The shapes of what one of its models runs or is about to: more of these share its forwards."""
         with self._changed:
-            requests = [run.ticket.request for run in self._runs] + [ticket.request for ticket in self._waiting]
+            requests = [run.ticket.request for run in self._runs if not run.ticket.progress.denoised]
+            requests += [ticket.request for ticket in self._waiting]
         return {
             shape_of(request.params) for request in requests if (request.model or self.model.model_name) == model_name
         }
@@ -184,18 +185,32 @@ class Engine:
                 session.enter_context(torch.no_grad())
                 for model in self.models.values():
                     session.enter_context(model.session())
-                while self._turn():
-                    pass
+                try:
+                    while self._turn():
+                        pass
+                except BaseException as error:  # a fault of ours, or of the device outside of a pipeline
+                    self._fail(error)
         for run in list(self._runs):
-            while self._go_on(run, error=self._ended()) is not None:
-                pass
-        for lane in self._lanes.values():
-            lane.close()
+            try:
+                for _ in range(UNWINDINGS):  # a pipeline may park again while it unwinds
+                    if self._go_on(run, error=self._ended()) is None:
+                        break
+            except BaseException as error:
+                self._fail(error)
+            if not run.ticket.done:
+                run.ticket.end(self._ended())
+        self._lanes.close()
         with self._changed:
             left = list(self._waiting)
             self._waiting.clear()
         for ticket in left:
             ticket.end(self._ended())
+
+    def _fail(self, error: BaseException) -> None:
+        """Nothing can be relied on any more: say so, so that the process is replaced."""
+        log.error("engine_failed", error=type(error).__name__)
+        with self._changed:
+            self._fault, self.broken = DeviceBroken, self.broken or f"the engine failed: {type(error).__name__}"
 
     def _load(self) -> bool:
         for model in self.models.values():
@@ -207,6 +222,8 @@ class Engine:
                 self._reported()
                 self.costs[model.model_name] = model.measure(self._costs_folder)
                 self._reported()
+                for name, costs in self.costs.items():  # each model that comes leaves less for all
+                    costs.room_bytes = room_bytes(self.models[name].device)
             except Exception as error:
                 failure = error if isinstance(error, GenerationError) else as_generation_error(error)
                 if isinstance(failure, GenerationFailed | OutOfMemory | InvalidInput):
@@ -217,8 +234,6 @@ class Engine:
                 return False
             seconds = round(time.monotonic() - started, 3)
             log.info("model_ready", model=model.model_name, device=model.device, seconds=seconds)
-        for model in self.models.values():
-            self.costs[model.model_name].room_bytes = room_bytes(model.device)
         self._ready.set_result(None)
         return True
 
@@ -238,7 +253,8 @@ class Engine:
             self._returned.clear()
         for ticket in starting:
             self._begin(ticket)
-        for run, result, error in returned:
+        for run, result, error, seconds in returned:
+            run.compute_seconds += seconds
             if run in self._runs:  # or it was cancelled meanwhile
                 self._go_on(run, adopt(result), error)
         for run in [run for run in self._runs if run.ticket.cancelled]:
@@ -277,8 +293,9 @@ class Engine:
             ticket.end(InvalidInput("this engine has no such model"))
             return
         costs, request = self.costs[model.model_name], ticket.request
-        if not costs.has_room(request.params, request.batch_size):
-            needed, room = costs.job_bytes(request.params, request.batch_size) or 0, costs.room_bytes or 0
+        rows = model.forward_rows(request)
+        if not costs.has_room(request.params, rows):
+            needed, room = costs.forward_bytes(request.params, rows) or 0, costs.room_bytes or 0
             message = f"a step needs {needed / 2**30:.1f} GiB beside the weights, and there are {room / 2**30:.1f}"
             ticket.end(OutOfMemoryPredicted(message))
             return
@@ -288,32 +305,20 @@ class Engine:
 
     def _go_on(self, run: Run, value: Any = None, error: BaseException | None = None) -> Call | Aside | None:
         parked = run.go_on(value, error)
-        while isinstance(parked, Aside) and not self._overlaps(run.model):
-            result, failure = _done(parked)
+        while isinstance(parked, Aside) and not self._lanes.overlap(run.model.device):
+            result, failure, seconds = timed(parked.work)
+            run.compute_seconds += seconds
             parked = run.go_on(result, failure)
         if isinstance(parked, Aside):
-            lane = self._lane(run.model, parked.lane)
+            lane = self._lanes.lane(run.model.model_name, parked.lane, run.model.device)
             lane.put(parked.work, partial(self._return, run))
         elif parked is None:
             self._end(run)
         return parked
 
-    def _overlaps(self, model: Model) -> bool:
-        if self._overlap is not None:
-            return self._overlap
-        import torch
-
-        return model.device == "cuda" or torch.get_num_threads() < (os.cpu_count() or 1)
-
-    def _lane(self, model: Model, name: LaneName) -> Lane:
-        key = (model.model_name, name)
-        if key not in self._lanes:
-            self._lanes[key] = Lane(f"{model.model_name} {name}", model.device)
-        return self._lanes[key]
-
-    def _return(self, run: Run, result: Any, error: BaseException | None) -> None:
+    def _return(self, run: Run, result: Any, error: BaseException | None, seconds: float) -> None:
         with self._changed:
-            self._returned.append((run, result, error))
+            self._returned.append((run, result, error, seconds))
             self._changed.notify_all()
 
     def _end(self, run: Run) -> None:
@@ -334,10 +339,3 @@ class Engine:
 
     def _ended(self) -> GenerationError:
         return self._fault(self.broken or "the engine was closed")
-
-
-def _done(aside: Aside) -> tuple[Any, BaseException | None]:
-    try:
-        return aside.work(), None
-    except Exception as error:
-        return None, error

@@ -64,7 +64,7 @@ class Forwards:
         try:
             outputs = run_together(calls)
             self._pace(first).keep()
-        except Exception as error:
+        except BaseException as error:
             failure = as_generation_error(error)
             if isinstance(failure, DeviceBroken) or len(runs) == 1:
                 return [(run, None, as_generation_error(error)) for run in runs]

@@ -160,6 +160,9 @@ class Model(Protocol):
     def measure(self, folder: Path | None) -> Costs:
         """What its forwards cost on this device: read from the folder, or measured and kept there."""
 
+    def forward_rows(self, request: GenerationRequest) -> int:
+        """The rows of one forward of the request alone."""
+
     def session(self) -> contextlib.AbstractContextManager[Any]:
         """What must be in force on the engine's thread while generations run."""
 

@@ -5,22 +5,41 @@ On a card each lane has a stream of its own, so that its kernels overlap with th
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, Literal
 
-LaneName = Literal["text", "pixels"]
+LaneName = Literal["text", "pixels", "files"]
+HUNG_SECONDS = 900.0  # longer than a job that decodes keeps its lease without a sign of life
+Done = Callable[[Any, BaseException | None, float], None]
 
 
 class Lane:
-    """One thread that does work in the order given. `done` is called from that thread with the result or the error."""
+    """One thread that does work in the order given.
+
+    `done` is called from that thread with the result or the error, and the seconds that it took.
+    """
 
     def __init__(self, name: str, device: str) -> None:
         self._on_card = device == "cuda"
         self._stream: Any = None
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._given: SimpleQueue[tuple[Callable[[], Any], Any, Done] | None] = SimpleQueue()
+        self._since: float | None = None
+        # a daemon: a decode that never returns must not keep the process from ending
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
-    def put(self, work: Callable[[], Any], done: Callable[[Any, BaseException | None], None]) -> None:
+    @property
+    def busy_seconds(self) -> float:
+        """For how long it has been at what it is doing; 0 while it waits for work."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def put(self, work: Callable[[], Any], done: Done) -> None:
         """Call from the denoising thread: what it has queued on the card so far comes before the work."""
         ready = None
         if self._on_card:
@@ -28,22 +47,24 @@ class Lane:
 
             ready = torch.cuda.Event()
             ready.record()
-        self._executor.submit(self._do, work, ready, done)
+        self._given.put((work, ready, done))
 
     def close(self) -> None:
-        """Lets the work in progress end; drops what has not begun."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        """It ends after the work in its hands."""
+        self._given.put(None)
 
-    def _do(self, work: Callable[[], Any], ready: Any, done: Callable[[Any, BaseException | None], None]) -> None:
+    def _run(self) -> None:
+        while (given := self._given.get()) is not None:
+            self._since = time.monotonic()
+            self._do(*given)
+            self._since = None
+            del given  # or the last result lives until the next work
+
+    def _do(self, work: Callable[[], Any], ready: Any, done: Done) -> None:
         import torch
 
-        try:
-            with torch.no_grad():  # the grad mode is the thread's own
-                result = work() if ready is None else self._on_stream(work, ready)
-        except BaseException as error:
-            done(None, error)
-        else:
-            done(result, None)
+        with torch.no_grad():  # the grad mode is the thread's own
+            done(*timed(work if ready is None else partial(self._on_stream, work, ready)))
 
     def _on_stream(self, work: Callable[[], Any], ready: Any) -> Any:
         import torch
@@ -55,6 +76,45 @@ class Lane:
             result = work()
             self._stream.synchronize()
         return result
+
+
+class Lanes:
+    """The lanes of an engine, made when they are first wanted."""
+
+    def __init__(self, overlap: bool | None) -> None:
+        self._overlap = overlap
+        self._lanes: dict[tuple[str, LaneName], Lane] = {}
+
+    def overlap(self, device: str) -> bool:
+        """Whether work beside the steps gains anything; on a CPU whose cores all work for each step, it does not."""
+        if self._overlap is not None:
+            return self._overlap
+        import torch
+
+        return device == "cuda" or torch.get_num_threads() < (os.cpu_count() or 1)
+
+    def lane(self, model: str, name: LaneName, device: str) -> Lane:
+        if (model, name) not in self._lanes:
+            self._lanes[model, name] = Lane(f"{model} {name}", device)
+        return self._lanes[model, name]
+
+    @property
+    def hung(self) -> bool:
+        """Whether one is at one piece of work for longer than any takes: it will not come back."""
+        return any(lane.busy_seconds > HUNG_SECONDS for lane in list(self._lanes.values()))
+
+    def close(self) -> None:
+        for lane in self._lanes.values():
+            lane.close()
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, BaseException | None, float]:
+    """The result of work or its error, and the seconds that it took."""
+    started = time.perf_counter()
+    try:
+        return work(), None, time.perf_counter() - started
+    except BaseException as error:
+        return None, error, time.perf_counter() - started
 
 
 def adopt(result: Any) -> Any:
@@ -76,6 +136,11 @@ def _tensors(value: Any) -> Iterator[Any]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _tensors(inner)
+    else:  # encoded prompts, and what a VAE's encoder says
+        for name in ("arguments", "latent_dist", "parameters"):
+            inner = getattr(value, name, None)
+            if inner is not None and not callable(inner):
+                yield from _tensors(inner)
 
 
 class Pace:

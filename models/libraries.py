@@ -14,9 +14,12 @@ def library_versions() -> Mapping[str, str]:
 
 
 def quiet_libraries() -> None:
-    """Switches off the progress bars of diffusers and transformers, which would be written into the log."""
+    """Switches off what diffusers and transformers write into the log: progress bars, and warnings, of which some
+    quote the prompt."""
     import diffusers.utils
     import transformers.utils
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
+    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)

@@ -8,12 +8,14 @@ counts against it, so that long requests are not put off for ever. A request who
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 QUANTUM_SECONDS = 0.2  # of one shape's turn; a longer step saves up for it
 AGEING = 0.2  # seconds of remaining work that a second of waiting makes up for
 PATIENCE_SECONDS = 60.0  # for which a background request gives way before it gets a step all the same
+MOST_TURNS = 20  # that a shape saves up for one step
 URGENCY = 2.0  # a deadline nearer than so many times the remaining work is urgent
 
 
@@ -61,12 +63,15 @@ class Order:
         while True:
             key = next(iter(self._deficits))
             chosen = _fill([(index, works[index]) for index in by_key[key]], cap(key))
+            share = self._quantum * len(by_key[key])
             cost = seconds(key, sum(works[index].rows for index in chosen))
+            # bounded, or one wrong measurement would keep a shape waiting for as long as it says
+            cost = min(cost, MOST_TURNS * share) if math.isfinite(cost) else 0.0
             if self._deficits[key] >= cost or len(self._deficits) == 1:
                 self._deficits[key] = max(0.0, self._deficits[key] - cost)
                 return chosen
             # its turn is over: a share of time for each of its requests, to be used in the rounds to come
-            self._deficits[key] = self._deficits.pop(key) + self._quantum * len(by_key[key])
+            self._deficits[key] = self._deficits.pop(key) + share
 
     def _keep(self, by_key: dict[Hashable, list[int]]) -> None:
         """Forget the shapes that nobody wants now, and put new ones first."""

@@ -17,7 +17,7 @@ from typing import Any
 from models.acceleration import Applied, apply, warm
 from models.adapters import Adapters, Lease
 from models.costs import Costs
-from models.denoiser import AsideStandIn, StandIn
+from models.denoiser import AsideStandIn, StandIn, forget_context
 from models.embeddings import Embeddings
 from models.generation import (
     Control,
@@ -143,7 +143,9 @@ class PipelineModel(ABC):
         try:
             with torch.no_grad(), self._lease(request.params, watch) as lease:
                 watch.adapters = lease.adapters
-                if request.states is not None or request.resume is not None:
+                # what a step cache has kept is in no state, so a run with one begins anew
+                cached = self.spec.acceleration.step_cache is not None
+                if (request.states is not None or request.resume is not None) and not cached:
                     model = [*self._identity(), lease.adapters]
                     files = (request.reference, request.mask)
                     watch.identity = identity_of(request.params, files, request.batch_size, model)
@@ -153,6 +155,10 @@ class PipelineModel(ABC):
                 return generation
         finally:
             self._active -= 1
+            for name in DENOISERS:
+                module = getattr(self._pipeline, name, None)
+                if module is not None and getattr(module, "is_cache_enabled", False):
+                    forget_context(module, watch.name)
             if self.spec.offload != "none" and self._active == 0:
                 self._pipeline.maybe_free_model_hooks()
 
@@ -168,7 +174,7 @@ class PipelineModel(ABC):
         assert self.adapters is not None  # made by load()
         adapters = self.adapters
         if params.loras:  # files are read aside; what changes modules must happen between forwards, so on this thread
-            watch.aside(lambda: adapters.fetch(params.loras), "text")
+            watch.aside(lambda: adapters.fetch(params.loras), "files")
         return adapters.acquire(params.loras)
 
     @abstractmethod
@@ -191,7 +197,7 @@ class PipelineModel(ABC):
             if module is not None:
                 mixes = self.adapters is None or self.adapters.mixes
                 alone = request.params.reproducible
-                parts[name] = StandIn(module, watch, request.job_id, alone=alone, adapters=watch.adapters, mixes=mixes)
+                parts[name] = StandIn(module, watch, watch.name, alone=alone, adapters=watch.adapters, mixes=mixes)
         parts["vae"] = AsideStandIn(pipeline.vae, watch, ("encode", "decode"))
         for name, method in (("image_processor", "postprocess"), ("video_processor", "postprocess_video")):
             if name in parts:
@@ -212,6 +218,12 @@ class PipelineModel(ABC):
         acceleration = spec.acceleration.model_dump(mode="json")
         versions = dict(library_versions())
         return [self.model_name, self.revision, spec.source, spec.dtype, self.device, acceleration, versions]
+
+    def forward_rows(self, request: GenerationRequest) -> int:
+        """All images of a batch, and each once more where guidance compares with a second branch."""
+        params = request.params
+        images = min(request.batch_size or params.num_images, params.num_images)
+        return images * (2 if params.guidance_scale > 1 else 1)
 
     def session(self) -> contextlib.AbstractContextManager[Any]:
         """Scaled dot product attention with the spec's kernel first; the others stay for shapes it can't do.

@@ -20,6 +20,7 @@ from typing import Any
 from models.params import GenerationParams
 
 FORMAT = "ourvidz-state-1"
+MOST_STEPS = 1000  # calls of a scheduler
 _NOT_STATE = frozenset({"step", "_internal_dict"})
 
 
@@ -43,6 +44,7 @@ class DenoisingState:
 
     def to_bytes(self) -> bytes:
         """As a safetensors file, whose header holds what is no tensor. Raises `StateUnusable`."""
+        self.check()
         from safetensors.torch import save
 
         tensors: dict[str, Any] = {}
@@ -61,7 +63,6 @@ class DenoisingState:
     @classmethod
     def from_bytes(cls, data: bytes, identity: str) -> DenoisingState:
         """Raises `StateUnusable` for bytes that are no state, and for one of another identity."""
-        from safetensors import SafetensorError
         from safetensors.torch import load
 
         try:
@@ -72,7 +73,7 @@ class DenoisingState:
             if document["identity"] != identity:
                 raise StateUnusable("another model, version or job")
             tensors = load(data)
-            return cls(
+            state = cls(
                 identity=identity,
                 batch=int(document["batch"]),
                 step=int(document["step"]),
@@ -80,8 +81,23 @@ class DenoisingState:
                 scheduler=_get(document["scheduler"], tensors),
                 generators=tuple(_get(document["generators"], tensors)),
             )
-        except (ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+            state.check()
+        except StateUnusable:
+            raise
+        except Exception as error:  # bytes may say anything
             raise StateUnusable(f"unreadable: {type(error).__name__}") from None
+        return state
+
+    def check(self) -> None:
+        """Raises `StateUnusable` for one that no run can have left, or that had better not be gone on from."""
+        import torch
+
+        if not (0 < self.step <= MOST_STEPS and 0 <= self.batch < MOST_STEPS and self.generators):
+            raise StateUnusable("no step of a run")
+        if not (torch.is_tensor(self.latents) and bool(torch.isfinite(self.latents).all())):
+            raise StateUnusable("the latents are not finite")
+        if not isinstance(self.scheduler, dict) or _NOT_STATE & set(self.scheduler):
+            raise StateUnusable("no state of a scheduler")
 
 
 class States:
@@ -151,6 +167,8 @@ def identity_of(params: GenerationParams, files: Sequence[bytes | None], batch_s
 
 
 def _restore(state: DenoisingState, scheduler: Any, generators: Sequence[Any], sample: Any) -> Any:
+    if state.latents.shape != sample.shape or any(callable(getattr(scheduler, name, None)) for name in state.scheduler):
+        raise StateUnusable("of another shape or scheduler")
     for name, value in state.scheduler.items():
         before = getattr(scheduler, name, None)
         setattr(scheduler, name, _to(value, before, sample))

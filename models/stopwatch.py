@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from models.denoiser import Call, blank_output
 from models.generation import Control, GenerationRequest, Phase
@@ -25,6 +26,7 @@ class Stopwatch:
         self._states = request.states
         self._inline = inline
         self.identity = ""
+        self.name = uuid4().hex  # of this run: a job may be run again here
         self.adapters: AdapterSet = ()
         self.facts: dict[str, Any] = {}  # for the settings of the result
         self._resumed: DenoisingState | None = None
@@ -46,7 +48,7 @@ class Stopwatch:
 
     def resumable(self, scheduler: Any, generators: list[Any]) -> None:
         """The batch that begins leaves states, and goes on from one where it is that one's."""
-        if self._states is not None or self._resumed is not None:
+        if self.identity and (self._states is not None or self._resumed is not None):
             self._resumption = Resumption(self.identity, self._batch, self._states, self._resumed)
             self._resumption.attach(scheduler, generators)
 

@@ -42,6 +42,10 @@ class WAN(PipelineModel):
             str(self.weights), revision=self.spec.revision, variant=self.spec.variant, dtype=dtypes
         )
 
+    def forward_rows(self, request: GenerationRequest) -> int:
+        """One: the pipeline calls the two branches of guidance one after the other."""
+        return 1
+
     def _generate(self, request: GenerationRequest, watch: Stopwatch) -> Generation:
         params = request.params
         if params.reference is not None or request.reference is not None or request.mask is not None:

@@ -13,7 +13,7 @@ MUTATIONS = {
     "no-fence": {
         "db/queries/queue.sql": (
             (
-                "q.attempt = g.attempt AND q.state = 'running' AND q.worker = :worker",
+                "q.attempt = g.attempt AND q.state::text = 'running' AND q.worker = :worker",
                 "q.state = 'running' AND (q.worker = :worker OR true)",
             ),
             ("q.state = 'running' AND q.attempt = g.attempt END", "q.state = 'running' END"),

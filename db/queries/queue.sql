@@ -3,14 +3,16 @@
 -- runs already: of the highest class, at most `window` seconds of fair share behind the first, of one of the `shapes`, and
 -- with no LoRA but these. Nothing is locked; what is gone at the claim is not taken.
 WITH head AS MATERIALIZED (
-  SELECT job_id, class, tag, shape, loras FROM job_queue
+  SELECT job_id, class, tag, shape, loras, enqueued_at FROM job_queue
   WHERE queue = :queue AND state = 'ready'
     AND (start_deadline IS NULL OR start_deadline > now() OR claimed_at IS NOT NULL) AND (deadline IS NULL OR deadline > now())
     AND (avoid_until IS NULL OR avoid_until <= now() OR avoid_worker <> :worker)
   ORDER BY class DESC, tag, job_id LIMIT :look::int
 )
-SELECT h.job_id FROM head h, (SELECT class, tag FROM head ORDER BY class DESC, tag, job_id LIMIT 1) first
+SELECT h.job_id FROM head h, (SELECT class, tag, enqueued_at FROM head ORDER BY class DESC, tag, job_id LIMIT 1) first
 WHERE h.class = first.class AND h.tag <= first.tag + :window::float8
+  -- and by the clock as well: the tags of ever new users do not grow
+  AND first.enqueued_at > now() - make_interval(secs => :window::float8)
   AND h.shape = ANY (:shapes::text[]) AND coalesce(h.loras, '{}') <@ :loras::text[]
 ORDER BY h.tag, h.job_id LIMIT :slots::int;
 
@@ -80,7 +82,8 @@ SET lease_until = clock_timestamp() + make_interval(secs => :lease_seconds::floa
 FROM unnest(:job_ids::uuid[], :attempts::int[], :phases::text[], :steps::int[], :totals::int[],
             :preview_steps::int[], :preview_totals::int[])
      AS g(job_id, attempt, phase, step, total, preview_step, preview_total)
-WHERE q.job_id = g.job_id AND q.attempt = g.attempt AND q.state = 'running' AND q.worker = :worker
+-- the state as text, or a plan of the time when little ran would walk the index of what runs for each of them
+WHERE q.job_id = g.job_id AND q.attempt = g.attempt AND q.state::text = 'running' AND q.worker = :worker
 RETURNING q.job_id, q.cancel;
 
 -- name: settle(job_ids, attempts, statuses, times, workers, details)

@@ -24,6 +24,16 @@ async def accept(database: Any, *shapes: str, user: UUID | None = None, **change
     return made
 
 
+async def test_first_in_line_waits_no_longer_than_the_window_by_the_clock(database: Any) -> None:
+    """The jobs of ever new users stand beside the first, since the clock of the queue does not move."""
+    (first,) = await accept(database, LARGE)
+    await database.pool.execute(
+        "UPDATE job_queue SET enqueued_at = now() - make_interval(secs => $1)", FIT_WINDOW_SECONDS
+    )
+    await accept(database, SMALL)
+    assert await claimed(database, 1, Fit([SMALL])) == {first}
+
+
 async def claimed(database: Any, slots: int, fit: Fit | None) -> set[UUID]:
     return {claim.job_id for claim in await Queue(database.pool).claim("sdxl", uuid4(), slots, fit=fit)}
 

@@ -90,10 +90,11 @@ async def test_background_video_gives_way_to_a_picture(desk: Desk, settings: Set
     async with hosting(settings):
         video = await submit(desk, settings, "video_fast", steps=60, klass=0)
         await desk.until("SELECT step > 2 FROM job_queue WHERE job_id = $1", video)
-        picture = await submit(desk, settings, steps=40, previews=False)
-        await desk.until("SELECT step > 1 FROM job_queue WHERE job_id = $1", picture)
+        picture = await submit(desk, settings, steps=100, num_images=6, width=192, height=128)
+        # progress is told twice a second, so by this step the video's last one before the picture has been told
+        await desk.until("SELECT step > 15 FROM job_queue WHERE job_id = $1", picture)
         before = await desk.database.pool.fetchval("SELECT step FROM job_queue WHERE job_id = $1", video)
-        await desk.until("SELECT step > 30 FROM job_queue WHERE job_id = $1", picture)
+        await desk.until("SELECT step > 80 FROM job_queue WHERE job_id = $1", picture)
         after = await desk.database.pool.fetchval("SELECT step FROM job_queue WHERE job_id = $1", video)
         assert after - before <= 1  # what was said late
         assert await ended(desk, picture) == "completed"

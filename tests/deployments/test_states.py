@@ -92,10 +92,13 @@ async def result(desk: Desk, blobs: BlobStore, job_id: UUID) -> tuple[dict[str, 
 
 
 async def test_killed_replica_costs_a_few_steps(desk: Desk, fields: dict[str, Any]) -> None:
+    import torch
+
     video = {"name": "video_fast", "steps": 40, "reproducible": True}
     settings = Settings(**fields)
     blobs = BlobStore.from_url(settings.blobs())
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # bit for bit the same needs the same threads: sums are split among them
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-c", REPLICA, json.dumps(fields)]
     process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=asyncio.subprocess.DEVNULL)
     try:

@@ -72,7 +72,7 @@ def test_nothing_is_assumed_without_a_measurement() -> None:
     costs = Costs()
     assert costs.seconds(SMALL, 1) is None
     assert costs.job_seconds(params()) is None
-    assert costs.job_bytes(params()) is None
+    assert costs.forward_bytes(params(), 1) is None
     assert costs.cap(SMALL) == 1
 
 
@@ -96,14 +96,13 @@ def test_job_takes_its_steps_and_its_decoding() -> None:
 def test_room_bounds_the_cap_and_what_is_tried() -> None:
     costs = profile({1: 1.0, 2: 1.1, 4: 1.3, 8: 1.6, 16: 3.1})
     costs.bytes_per_row_pixel = 10.0
-    assert costs.has_room(params(num_images=6))  # nothing is known of the device
+    assert costs.has_room(params(), 12)  # nothing is known of the device
     costs.room_bytes = 4 * 10 * SMALL.volume
     assert costs.cap(SMALL) == 4
-    assert costs.job_bytes(params(num_images=2)) == costs.room_bytes
-    assert costs.has_room(params(num_images=2))
-    assert not costs.has_room(params(num_images=3))
-    assert costs.has_room(params(num_images=3), batch_size=1)
-    assert not costs.has_room(params(width=128, height=128, num_images=1, frames=1, guidance_scale=2.0))
+    assert costs.forward_bytes(params(), 4) == costs.room_bytes
+    assert costs.has_room(params(), 4)
+    assert not costs.has_room(params(), 5)
+    assert not costs.has_room(params(width=128, height=128), 2)
 
 
 def test_profile_is_read_by_the_same_model_and_nobody_else(tmp_path: Path) -> None:
@@ -117,7 +116,9 @@ def test_profile_is_read_by_the_same_model_and_nobody_else(tmp_path: Path) -> No
     assert (read.measured, read.bytes_per_row_pixel) == (costs.measured, 12.5)
     assert read.job_seconds(params()) == costs.job_seconds(params())
     assert Costs.read(path, {"device": "b"}) is None
-    for text in ("", "[]", "{}", '{"format": 1, "identity": {"device": "a"}}'):
+    empty = '{"format": 1, "identity": {"device": "a"}, "measured": [[64, 64, 1, %s]], "seconds_per_pixel": null}'
+    wrong = [empty % curve for curve in ("[]", "[[1, 0.0]]", "[[1, -1]]", "[[1, NaN]]")]
+    for text in ("", "[]", "{}", '{"format": 1, "identity": {"device": "a"}}', *wrong):
         path.write_text(text)
         assert Costs.read(path, {"device": "a"}) is None
 

@@ -55,6 +55,9 @@ class Scripted:
     def measure(self, folder: Path | None) -> Costs:
         return Costs()
 
+    def forward_rows(self, request: GenerationRequest) -> int:
+        return 1
+
     def session(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 

@@ -224,7 +224,7 @@ async def test_only_denoising_is_done_on_the_denoising_thread(
 
     def noting(name: str, call: Any) -> Any:
         def noted(*args: Any, **kwargs: Any) -> Any:
-            threads.setdefault(name, set()).add(threading.current_thread().name.rpartition("_")[0] or "engine")
+            threads.setdefault(name, set()).add(threading.current_thread().name)
             return call(*args, **kwargs)
 
         return noted
@@ -259,6 +259,24 @@ async def test_failed_decode_fails_its_own_request(
         failed, made = await outcomes(*tickets)
     assert isinstance(failed, GenerationFailed)
     assert made.seeds == [11, 12]
+
+
+async def test_fault_outside_of_a_pipeline_ends_everything_and_hangs_nothing(
+    sdxl: SDXL, image_request: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(sdxl, slots=1)
+    engine.start()
+    async with asyncio.timeout(DEADLINE):
+        await engine.ready()
+        monkeypatch.setattr(engine._forwards, "step", lambda parked: 1 / 0)
+        tickets = [engine.submit(image_request(seed=seed)) for seed in range(3)]
+        ended = await outcomes(*tickets)
+        assert [type(error) for error in ended] == [DeviceBroken] * 3
+        assert engine.broken == "the engine failed: ZeroDivisionError"
+        with pytest.raises(DeviceBroken):
+            await engine.submit(image_request()).result()
+        await asyncio.to_thread(engine.close, DEADLINE)
+    assert not engine.alive
 
 
 async def test_encoded_prompts_are_kept(sdxl: SDXL, image_request: Make) -> None:

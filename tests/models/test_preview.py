@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import models.engine
 from models.engine import Engine, GenerationRequest
 from models.preview import PreviewFailed, Snapshot, Snapshots, preview_size, projections, render, to_rgb
 from models.sdxl import SCHEDULERS, SDXL
@@ -28,7 +29,7 @@ class Taking:
         return replace(request, snapshots=self.snapshots)
 
 
-class Control:
+class Control(models.engine.Control):
     """Takes what the step before has left."""
 
     def __init__(self, taking: Taking) -> None:

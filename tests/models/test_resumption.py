@@ -171,6 +171,31 @@ def test_bytes_that_are_no_state_are_refused(data: bytes) -> None:
         DenoisingState.from_bytes(data, "x")
 
 
+@pytest.mark.parametrize(
+    "change", [{"step": 0}, {"step": 10**9}, {"batch": -1}, {"generators": ()}, {"scheduler": {"step": 1}}]
+)
+def test_state_that_no_run_can_have_left_is_refused(
+    sdxl: SDXL, image_request: Make, recorder: Any, change: dict[str, Any]
+) -> None:
+    states = States(1)
+    sdxl.generate(replace(image_request(), states=states), recorder())
+    state = states.take()
+    assert state is not None
+    with pytest.raises(StateUnusable):
+        replace(state, **change).to_bytes()
+    with pytest.raises(StateUnusable, match="finite"):
+        replace(state, latents=state.latents * float("nan")).to_bytes()
+
+
+def test_long_prompt_is_not_written_to_the_log(
+    sdxl: SDXL, image_request: Make, recorder: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """diffusers warns of what it cuts off, and quotes it."""
+    sdxl.generate(image_request(prompt="a cat " * 90 + "my secret wish"), recorder())
+    said = capfd.readouterr()
+    assert "secret" not in said.out + said.err
+
+
 def test_states_hold_no_prompt(sdxl: SDXL, image_request: Make, recorder: Any) -> None:
     state = interrupted(sdxl, image_request(prompt="a secret garden"), recorder, after=2, every=1)
     assert b"secret" not in state

@@ -267,7 +267,7 @@ async def test_database_that_is_not_there_exits_with_3(tmp_path: Path) -> None:
 
 async def test_migrate_applies_what_is_missing_once(postgres_url: str, database: Any, tmp_path: Path) -> None:
     environment = bare(tmp_path, DATABASE_URL=database.url)
-    await database.pool.execute("DROP SCHEMA public, ourvidz CASCADE")
+    await database.pool.execute("DROP SCHEMA public, ourvidz, lora CASCADE")
     await database.pool.execute("CREATE SCHEMA public")
     before = await run_command("migrate", "--status", "--json", environment=environment)
     assert (before[0], json.loads(before[1])["pending"][0]) == (1, "0001_access.sql")
