@@ -224,6 +224,9 @@ async def _freeze(url: str, partial: Path) -> _Point:
                 if await sql.has_uploads(connection):
                     async for row in sql.uploads(connection):
                         wanted.write(json.dumps(list(row)) + "\n")
+                if await sql.has_avatars(connection):
+                    async for row in sql.avatars(connection):
+                        wanted.write(json.dumps(list(row)) + "\n")
     return _Point(taken_at, major, program.major, migrations, counts, archives)
 
 

@@ -23,10 +23,11 @@ moves it out of completed. `attempt` counts claims and is the fencing token of e
 is the budget. So a drain, a preemption and a hop between stages cost nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from itertools import repeat
 from typing import Any, Self
 from uuid import UUID
 
@@ -34,6 +35,7 @@ import asyncpg
 
 from db.batches import Batcher
 from db.idempotency import IdempotencyKey
+from db.limits import LimitReached
 from db.pool import Connection, queries
 
 MAX_ACCEPTED = 100  # a statement's worth: what comes meanwhile waits for it
@@ -87,6 +89,8 @@ class NewJob:
     original_prompt: str
     params: Mapping[str, Any]
     enhanced_prompt: str | None = None
+    template_name: str | None = None  # of what made the enhanced prompt
+    enhancement_strategy: str | None = None  # asked for; the end of the job writes what was really done
     content_mode: str = "sfw"
     metadata: Mapping[str, Any] = field(default_factory=dict)
     adjustments: Sequence[Mapping[str, Any]] = ()
@@ -102,6 +106,9 @@ class NewJob:
     batch_size: int | None = None  # images at a time; None: all of them
     shape: str | None = None  # jobs of one shape share forwards
     loras: Sequence[str] = ()
+    provider: str = "local"  # or an outside one, whose model is `api_model_id`
+    api_model_id: UUID | None = None
+    exempt: bool = False  # from the limits and charges: an admin's, or taken over from another system
 
     def to_row(self) -> dict[str, Any]:
         """The values as the `accept` statement names them."""
@@ -173,16 +180,18 @@ class Jobs:
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
         self._sql = queries("jobs")
-        self._accepting = Batcher(self.accept_all, max_batch=MAX_ACCEPTED)
+        self._accepting = Batcher(self._accept_each, max_batch=MAX_ACCEPTED)
 
     async def accept(self, job: NewJob, *, idempotency_key: str | None = None, body: bytes = b"") -> Accepted:
         """Take a job in, in one transaction with its charge and its idempotency key. Durable on return.
 
-        Raises `IdempotencyConflict` for a known key with another body, `IdempotencyInFlight` when the first
-        request with it has not committed yet.
+        Raises `LimitReached`; `IdempotencyConflict` for a known key with another body, `IdempotencyInFlight` when the
+        first request with it has not committed yet.
         """
         if idempotency_key is None:  # together with whoever else comes now: one commit for all of them
-            await self._accepting.put(job)
+            refusal = await self._accepting.put(job)
+            if refusal is not None:
+                raise refusal
             return Accepted(job.id, replayed=False)
         (accepted,) = await self.accept_together([job], idempotency_key=idempotency_key, body=body)
         return accepted
@@ -192,13 +201,14 @@ class Jobs:
     ) -> list[Accepted]:
         """Take several jobs of one user in, all or none. Raises as `accept` does."""
         if idempotency_key is None:
-            return [Accepted(job_id, replayed=False) for job_id in await self.accept_all(jobs)]
+            await self._make_together(self._pool, jobs)
+            return [Accepted(job.id, replayed=False) for job in jobs]
         key = IdempotencyKey(jobs[0].user_id, idempotency_key, body, len(jobs))
         async with self._pool.acquire() as connection, connection.transaction():
             earlier = await key.begin(connection)
             if earlier is not None:
                 return [Accepted(job_id, replayed=True) for job_id in earlier]
-            await self._make(connection, jobs)
+            await self._make_together(connection, jobs)
             await key.store(connection, [job.id for job in jobs])
         return [Accepted(job.id, replayed=False) for job in jobs]
 
@@ -208,14 +218,31 @@ class Jobs:
         return None if earlier is None else [Accepted(job_id, replayed=True) for job_id in earlier]
 
     async def accept_all(self, jobs: Sequence[NewJob]) -> list[UUID]:
-        """Take jobs in, of any users, in one transaction; the answer has their ids in the same order."""
-        await self._make(self._pool, jobs)
+        """Take jobs in, of any users, each for itself, in one transaction; the answer has their ids in the same order.
+        Raises `LimitReached`, and then took in none."""
+        async with self._pool.acquire() as connection, connection.transaction():
+            for refusal in await self._make(connection, jobs, range(len(jobs))):
+                raise refusal
         return [job.id for job in jobs]
 
-    async def _make(self, connection: Connection | asyncpg.Pool, jobs: Sequence[NewJob]) -> None:
-        rows = [{name: value for name, value in job.to_row().items() if value is not None} for job in jobs]
-        async for _ in self._sql.accept(connection, rows=rows):
-            pass
+    async def _accept_each(self, jobs: Sequence[NewJob]) -> list[LimitReached | None]:
+        """Take in those that the limits let in; for each of the others, why not."""
+        refused = {refusal.submission: refusal for refusal in await self._make(self._pool, jobs, range(len(jobs)))}
+        return [refused.get(number) for number in range(len(jobs))]
+
+    async def _make_together(self, connection: Connection | asyncpg.Pool, jobs: Sequence[NewJob]) -> None:
+        for refusal in await self._make(connection, jobs, repeat(0)):
+            raise refusal
+
+    async def _make(
+        self, connection: Connection | asyncpg.Pool, jobs: Sequence[NewJob], submissions: Iterable[int]
+    ) -> list[LimitReached]:
+        rows = [
+            {name: value for name, value in job.to_row().items() if value is not None} | {"submission": number}
+            for job, number in zip(jobs, submissions, strict=False)
+        ]
+        refusals = await self._sql.accept(connection, rows=rows)
+        return [LimitReached.from_json(told, int(number)) for number, told in (refusals or {}).items()]
 
     async def read(self, connection: Connection | asyncpg.Pool, job_id: UUID) -> JobRecord | None:
         """One job, or None when there is none that the connection may see."""
@@ -226,11 +253,6 @@ class Jobs:
         """`status`, `attempts`, `worker` and `stage` of a job."""
         row = await self._sql.read_bare(self._pool, job_id=job_id)
         return None if row is None else dict(row)
-
-    async def provider(self, job_id: UUID) -> str | None:
-        """Who runs a job: `local` for our replicas. None when there is no such job."""
-        value: str | None = await self._sql.provider(self._pool, job_id=job_id)
-        return value
 
     async def manifest(
         self, connection: Connection | asyncpg.Pool, job_id: UUID, asset_index: int
@@ -284,14 +306,23 @@ class Jobs:
         return seconds
 
     async def retry(
-        self, job_id: UUID, *, queue: str, cost: float, shape: str | None = None, loras: Sequence[str] = ()
+        self,
+        job_id: UUID,
+        *,
+        queue: str,
+        cost: float,
+        shape: str | None = None,
+        loras: Sequence[str] = (),
+        exempt: bool = False,
     ) -> bool:
         """Queue a failed or cancelled job again with a new budget and its deadlines counted from now. False when it is
-        in no such state."""
-        return (
-            await self._sql.retry(self._pool, job_id=job_id, queue=queue, cost=cost, shape=shape, loras=list(loras))
-            is not None
+        in no such state. Raises `LimitReached`."""
+        row = await self._sql.retry(
+            self._pool, job_id=job_id, queue=queue, cost=cost, shape=shape, loras=list(loras), exempt=exempt
         )
+        if row is not None and row["refusal"] is not None:
+            raise LimitReached.from_json(row["refusal"])
+        return row is not None
 
     async def erase(self, job_id: UUID, actor: UUID) -> Erased | None:
         """Delete an ended job and all its rows, callbacks that wait included, leaving one audit row of `actor`.

@@ -64,6 +64,8 @@ class Kept:
     model_used: str
     created_at: datetime
     fault: str | None  # `missing` or `size`: what the reconciler found wrong with the file
+    moderation_status: str
+    moderation_reason: str | None  # a code
 
     @property
     def position(self) -> Position:
@@ -126,6 +128,11 @@ class LibraryItem(Kept):
     content_category: str
     updated_at: datetime
     provenance: Mapping[str, Any]
+
+    @property
+    def content_mode(self) -> str:
+        """That of the job that made it."""
+        return "nsfw" if "nsfw" in (self.content_category, self.provenance.get("content_mode")) else "sfw"
 
     @classmethod
     def from_row(cls, row: asyncpg.Record) -> Self:
@@ -257,8 +264,8 @@ class LibraryRows:
         return row is not None
 
     async def update(self, item_id: UUID, user_id: UUID, changes: Mapping[str, Any]) -> LibraryItem | None:
-        """Change `custom_title`, `tags`, `is_favorite` or `collection_id`. None when it is not that user's, or when the
-        collection was deleted meanwhile."""
+        """Change `custom_title`, `tags`, `is_favorite`, `collection_id` or `visibility`. None when it is not that
+        user's, or when the collection was deleted meanwhile."""
         try:
             row = await self._sql.update_item(self._pool, item_id=item_id, user_id=user_id, changes=dict(changes))
         except asyncpg.ForeignKeyViolationError:

@@ -6,10 +6,14 @@ in a transaction of its own together with its record, so a failed one leaves not
 
 import hashlib
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 
 import asyncpg
+
+from db.pool import queries
 
 LOCK = 0x6F757276_69647A31  # one advisory lock of the project: "ourvidz1"
 _NAME = re.compile(r"(\d{4})_[a-z0-9_]+\.sql")
@@ -75,7 +79,7 @@ async def _migrate(connection: asyncpg.Connection) -> list[str]:
             if applied[migration.number] != migration.checksum:
                 raise MigrationError(f"{migration.name} was changed after it had been applied")
             continue
-        async with connection.transaction():
+        async with connection.transaction(), _own_grants(connection):
             await connection.execute("SET LOCAL lock_timeout = '10s'")
             try:
                 await connection.execute(migration.sql)
@@ -89,6 +93,18 @@ async def _migrate(connection: asyncpg.Connection) -> list[str]:
             )
         fresh.append(migration.name)
     return fresh
+
+
+@asynccontextmanager
+async def _own_grants(connection: asyncpg.Connection) -> AsyncIterator[None]:
+    """Inside a transaction: what a migration makes has the rights that the migration names, and not what the database
+    grants users by default. On Supabase that is everything, and row-level security knows no columns."""
+    defaults = [row async for row in queries("rights").default_grants(connection)]
+    for row in defaults:
+        await connection.execute(row["withhold"])
+    yield
+    for row in defaults:
+        await connection.execute(row["restore"])
 
 
 async def pending(connection: asyncpg.Connection) -> list[str]:

@@ -96,6 +96,8 @@ class NewAsset:
     model_used: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     manifest: Mapping[str, Any] | None = None  # what the file was made from and by
+    moderation_status: str = "pending"
+    moderation_reason: str | None = None  # a code
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,6 +34,7 @@ class ProviderRow:
     auth_scheme: str
     secret_name: str | None
     is_active: bool
+    output_hosts: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,14 +44,23 @@ class Queue:
         slots: int,
         lease_seconds: float = LEASE_SECONDS,
         fit: Fit | None = None,
+        least_class: int = 0,
     ) -> list[Claim]:
         """Take up to `slots` waiting jobs of a queue, in its order, but for those that `fit` lets come before.
 
-        Never ask for more than are free.
+        With a `least_class` jobs of lower classes stay, and nothing fits better than another. Never ask for more than
+        are free.
         """
-        chosen = await self._fitting(queue, worker, slots, fit) if fit is not None and fit.shapes else []
+        fits = fit is not None and fit.shapes and least_class == 0
+        chosen = await self._fitting(queue, worker, slots, fit) if fits and fit is not None else []
         rows = self._sql.claim(
-            self._pool, queue=queue, slots=slots, worker=worker, lease_seconds=lease_seconds, chosen=chosen
+            self._pool,
+            queue=queue,
+            slots=slots,
+            worker=worker,
+            lease_seconds=lease_seconds,
+            chosen=chosen,
+            least_class=least_class,
         )
         return [Claim.from_row(row) async for row in rows]
 

@@ -7,6 +7,7 @@ from uuid import UUID
 
 import asyncpg
 
+from db.limits import check_room
 from db.pool import Connection, queries
 
 UPLOAD_BUCKET = "reference_images"
@@ -72,9 +73,11 @@ class Uploads:
         sha256: bytes,
         most: int = MOST_UPLOADS,
     ) -> Upload | None:
-        """Make the row of a stored file. None when the user has the same upload. Raises `TooManyUploads`."""
+        """Make the row of a stored file. None when the user has the same upload. Raises `TooManyUploads`,
+        `LimitReached`."""
         async with self._pool.acquire() as connection, connection.transaction():
             await self._sql.lock_owner(connection, user_id=user_id)
+            await check_room(connection, user_id, file_size_bytes)
             row = await self._sql.add(
                 connection,
                 id=upload_id,

@@ -231,13 +231,14 @@ def _rows(packed: bytes) -> Iterator[dict[str, str]]:
 
 
 def _files_of(parts: Mapping[str, tuple[bytes, int]]) -> Iterator[_File]:
-    """The files that belong to the jobs of an archive: results, thumbnails, and the reference of each with its mask."""
+    """The files that belong to the jobs of an archive: results, thumbnails, references and masks."""
     for row in _rows(parts["assets.csv.gz"][0]):
         for key in filter(None, (row["temp_storage_path"], row["thumbnail_path"])):
             yield _File(UUID(row["job_id"]), BUCKET, key)
     for row in _rows(parts["jobs.csv.gz"][0]):
-        reference = json.loads(row["params"]).get("reference") or {}
-        for image in (reference, reference.get("mask") or {}):
+        params = json.loads(row["params"])
+        references = [*(params.get("references") or ()), params.get("reference") or {}]  # one in older rows
+        for image in [image for one in references for image in (one, one.get("mask") or {})]:
             # an image of the job's own; one that belongs to somebody else is none of its files
             if image.get("bucket") == REFERENCE_BUCKET and row["id"] in str(image.get("key")):
                 yield _File(UUID(row["id"]), REFERENCE_BUCKET, image["key"])

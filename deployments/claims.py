@@ -27,12 +27,15 @@ REFUSED_ALLOWANCE = 60.0  # of claims that Postgres answers with an error, befor
 HAND_BACK_SECONDS = 3.0  # for a draining job to stop at its next step, before it is handed back regardless
 PROGRESS_SECONDS = 0.5  # progress goes out at most twice a second
 HELD_PER_SLOT = 2  # jobs at most, with those that have left their slot: finished work must not pile up
+INTERACTIVE = 1  # the class that others give way to
 
 
 class ClaimLoop:
     """Claims for the free slots of one replica and runs `work` on every job.
 
     A slot is free again when its job has left it or ended, but no more than twice as many jobs as slots are held.
+    Interactive jobs are claimed also where background ones hold the slots, as many as there are slots: the engine lets
+    them go first. A single slot is not shared.
     `work` must end every job that it gets (settle it or put it back) and must return soon after `held.stop_reason`
     is set. `wake` sets the loop going at once; without it the queue is polled.
     """
@@ -81,10 +84,15 @@ class ClaimLoop:
         """How many jobs are in our hands."""
         return len(self._tasks)
 
-    @property
-    def _free_slots(self) -> int:
-        in_slots = sum(held.in_slot for held in self._tasks.values())
-        return min(self._slots - in_slots, HELD_PER_SLOT * self._slots - len(self._tasks))
+    def _room(self) -> tuple[int, int]:
+        """For how many jobs there is room, and of which class they must be at least."""
+        in_slots = [held.claim.klass for held in self._tasks.values() if held.in_slot]
+        more = HELD_PER_SLOT * self._slots - len(self._tasks)
+        free = min(self._slots - len(in_slots), more)
+        if free > 0 or self._slots == 1:
+            return free, 0
+        background = sum(klass < INTERACTIVE for klass in in_slots)
+        return min(self._slots - len(in_slots), more) + background, INTERACTIVE
 
     def wake(self) -> None:
         """Look for work now."""
@@ -139,13 +147,15 @@ class ClaimLoop:
     async def _claim_forever(self) -> None:
         while self._claiming:
             self._wake.clear()
-            free = self._free_slots
+            free, least_class = self._room()
             claims: list[Claim] = []
             if free > 0 and self._may_claim():
                 started = time.monotonic()
                 try:
                     await self._give_back_unheard()
-                    claims = await self._queue.claim(self._name, self._worker, free, self._lease, self._fit())
+                    claims = await self._queue.claim(
+                        self._name, self._worker, free, self._lease, self._fit(), least_class
+                    )
                     self._refused_since = None
                 except CONNECTION_FAULTS as error:
                     self._unheard = True

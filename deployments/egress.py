@@ -33,6 +33,7 @@ from deployments.destinations import (
 
 __all__ = [
     "AllowedHost",
+    "Answered",
     "Egress",
     "EgressError",
     "EgressFailed",
@@ -67,6 +68,15 @@ class Posted:
     headers: Mapping[str, str] = field(repr=False)
     body_excerpt: str = field(repr=False)
     elapsed_ms: int
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer of any status, with its whole body. Header names are in lower case."""
+
+    status: int
+    headers: Mapping[str, str] = field(repr=False)
+    data: bytes = field(repr=False)
 
 
 class SystemResolver:
@@ -142,6 +152,22 @@ class Egress:
             excerpt = await _read(answer, max_response_bytes)
         elapsed_ms = round((time.perf_counter() - started) * 1000)
         return Posted(answer.status_code, dict(answer.headers), _printable(excerpt), elapsed_ms)
+
+    async def request(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        timeout_seconds: float,
+        max_bytes: int,
+    ) -> Answered:
+        """Ask an API, and return its answer, whatever its status. Raises EgressRefused, EgressFailed."""
+        async with _limited(timeout_seconds), self._answer(method, url, headers, body) as answer:
+            data = await _read(answer, max_bytes + 1)
+        if len(data) > max_bytes:
+            raise EgressFailed("too_large", f"the URL gives more than {max_bytes} bytes")
+        return Answered(answer.status_code, dict(answer.headers), data)
 
     async def _addresses(self, destination: Destination) -> list[str]:
         try:

@@ -9,9 +9,8 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from functools import partial
-from typing import Any, cast
 from uuid import UUID, uuid4
 
 import structlog
@@ -26,16 +25,19 @@ from deployments.claims import ClaimLoop
 from deployments.endings import Endings, Outcome
 from deployments.held import Held
 from deployments.metrics import Metrics
-from deployments.prompting import templates_of
+from deployments.prompting import EnhanceRequest as EnhanceRequest
+from deployments.prompting import choose_template, enhancement_account, load_counter
 from deployments.settings import Settings
-from models.catalog import Family, Format, JobType, Quality, resolve
-from models.enhancement import Enhancement, enhance
+from models.catalog import Family, JobType, resolve
+from models.emphasis import CompelWeights
+from models.enhancement import Enhancement, enhance, strategy_of
 from models.generation import GenerationError, ModelLoadFailed
 from models.language import Answer, Completion, LanguageBackend, Message, Priority, Sampling, language_backend
 from models.params import ContentMode
 from models.policy import ContentRejected, check_prompt
 from models.profile import resolve_weights
-from models.prompts import NoTemplate, TokenCounter, builtin_templates, select_template
+from models.prompts import TokenCounter
+from models.weighting import MAX_WINDOWS
 
 log = structlog.get_logger()
 
@@ -43,26 +45,6 @@ RELOAD_SECONDS = 60.0
 WITHOUT_MODEL_SLOTS = 8  # rules take no time; what counts is the way to Postgres and back
 CALLS = 64  # enhancements by handle that are under way at a time; each blocks a thread while the model writes
 QUEUE = Family.QWEN.value
-
-
-@dataclass(frozen=True)
-class EnhanceRequest:
-    """One prompt to enhance at once."""
-
-    prompt: str
-    family: str
-    format: str
-    quality: str
-    enhanced7b: bool
-    content_mode: str
-    seed: int
-
-
-class TemplateMissing(GenerationError):
-    """No active template fits the job. The operator must add one; trying again changes nothing."""
-
-    code = "no_template_available"
-    retryable = False
 
 
 class PolicyRefused(GenerationError):
@@ -82,7 +64,7 @@ class Enhancer:
         self.load_error: str | None = None
         spec = settings.loaded_profile.models.get(Family.QWEN)
         self.slots = max(1, spec.sequences // 2) if spec is not None else WITHOUT_MODEL_SLOTS
-        self._threads = ThreadPoolExecutor(self.slots + CALLS, thread_name_prefix="enhance")
+        self._threads = ThreadPoolExecutor(2 * self.slots + CALLS, thread_name_prefix="enhance")
         self._loop: ClaimLoop | None = None
         self._counters: dict[Family, TokenCounter] = {}
         self._counters_lock = asyncio.Lock()
@@ -140,7 +122,7 @@ class Enhancer:
         await self._pool.close()
 
     async def enhance(self, request: EnhanceRequest) -> Enhancement:
-        """Enhance one prompt, before all jobs that wait. Raises `ContentRejected`, `NoTemplate`."""
+        """Enhance one prompt, before all jobs that wait. Raises `ContentRejected`."""
         return await self._enhance(request, "chat", lambda answer: None)
 
     async def chat(
@@ -244,24 +226,23 @@ class Enhancer:
             enhanced7b=job_type.enhanced,
             content_mode=job["content_mode"],
             seed=int(job["params"]["seed"] or 0),
+            windows=MAX_WINDOWS if job["params"].get("compel_enabled") else 1,
+            beside=CompelWeights.model_validate(job["params"].get("compel_weights") or {}).wording,
         )
         try:
             return await self._enhance(request, "job", watch)
         except ContentRejected as error:
             raise PolicyRefused(error.message) from error
-        except NoTemplate as error:
-            raise TemplateMissing(str(error)) from error
 
     async def _enhance(
         self, request: EnhanceRequest, priority: Priority, watch: Callable[[Answer], None]
     ) -> Enhancement:
-        family, quality = Family(request.family), Quality(request.quality)
-        mode = cast(ContentMode, request.content_mode)
-        templates = templates_of(await self._prompts.templates()) or list(builtin_templates())
-        template, misfit = select_template(templates, family, Format(request.format), quality, request.enhanced7b, mode)
-        if misfit is not None:
-            log.info("template_fell_back", template=template.name, misfit=misfit)
-        counter = await self._counter(family)
+        wanted = request.wanted
+        chosen, hit = await choose_template(self._prompts, wanted)
+        self.metrics.template_looked_up(hit)
+        if chosen is None or chosen.misfits:
+            log.info("template_fell_back", template=chosen.template.name if chosen else None)
+        counter = await self._counter(wanted.target_model)
         begun: list[Answer] = []
 
         def watch_and_keep(answer: Answer) -> None:
@@ -271,14 +252,17 @@ class Enhancer:
         call = partial(
             enhance,
             request.prompt,
-            template,
+            chosen.template if chosen else None,
             self.model,
             counter,
-            mode,
+            wanted.content_mode,
             request.seed,
-            quality=quality,
+            quality=wanted.quality,
             priority=priority,
             watch=watch_and_keep,
+            seconds=request.seconds,
+            windows=request.windows,
+            beside=request.beside,
         )
         try:
             result = await asyncio.get_running_loop().run_in_executor(self._threads, call)
@@ -287,13 +271,18 @@ class Enhancer:
                 answer.cancel()
             raise
         self.metrics.enhanced(result.strategy, result.fallback_reason)
-        return result
+        selection = chosen.account() if chosen else None
+        return replace(result, template_selection=selection, template_cache_hit=hit)
 
-    async def _counter(self, family: Family) -> TokenCounter:
+    async def _counter(self, family: Family) -> TokenCounter | None:
+        """The tokenizer of the reader; None where it can't be read now, and then the prompt stays as it is."""
         async with self._counters_lock:
             if family not in self._counters:
-                self._counters[family] = await asyncio.to_thread(load_counter, self.settings, family)
-            return self._counters[family]
+                try:
+                    self._counters[family] = await asyncio.to_thread(load_counter, self.settings, family)
+                except (OSError, GenerationError) as error:
+                    log.warning("tokenizer_unavailable", family=family.value, error=type(error).__name__)
+            return self._counters.get(family)
 
     async def _move_on(self, held: Held, job_type: JobType, result: Enhancement) -> Outcome:
         try:
@@ -313,7 +302,9 @@ class Enhancer:
             stage="generate",
             enhanced_prompt=result.enhanced_prompt,
             enhancement=account,
-            enhancement_strategy=result.strategy,
+            enhancement_strategy=strategy_of(
+                result.strategy == "qwen", bool(held.claim.job["params"].get("compel_enabled"))
+            ),
             enhancement_time_ms=result.execution_time_ms,
             template_name=result.template_name,
             expansion=expansion,
@@ -321,17 +312,3 @@ class Enhancer:
         held.settling = True
         moved = await self._endings.requeue(held, hop)
         return Outcome.ENHANCED if moved is Outcome.REQUEUED else moved
-
-
-def enhancement_account(result: Enhancement) -> dict[str, Any]:
-    """What an enhancement did, without the prompts."""
-    account = asdict(result)
-    del account["original_prompt"], account["enhanced_prompt"]
-    return account
-
-
-def load_counter(settings: Settings, family: Family) -> TokenCounter:
-    """The tokenizer of the model that will read the prompt. Raises `OSError` where it can't be read."""
-    spec = settings.loaded_profile.models[family]
-    weights = resolve_weights(spec, settings.state_dir / "weights")
-    return TokenCounter.from_pretrained(weights)

@@ -8,7 +8,9 @@ repeated. What a crash leaves is a copy without a row, which the sweep finds.
     ├── AssetNotFound
     ├── ItemNotFound
     ├── CollectionNotFound
-    └── AssetFileMissing     the row is there and its file is not
+    ├── AssetFileMissing     the row is there and its file is not
+    ├── LabelRefused         a title or a tag breaks the content policy
+    └── NotPublishable       moderation has rejected it
 """
 
 import contextlib
@@ -23,6 +25,8 @@ from uuid6 import uuid7
 from db.blobs import BlobError, BlobNotFound, BlobStore, StorageUnavailable
 from db.library import LIBRARY_BUCKET, WORKSPACE_BUCKET, Files, Kept, LibraryItem, LibraryRows, WorkspaceAsset
 from deployments.storing import attempt_prefix
+from models.params import ContentMode
+from models.policy import ContentRejected, check_prompt
 
 log = structlog.get_logger()
 
@@ -59,6 +63,20 @@ class AssetFileMissing(LibraryError):
     code = "asset_file_missing"
 
 
+class LabelRefused(LibraryError):
+    """A title or a tag breaks the content policy; `label` is its column, and `code` that of the policy."""
+
+    def __init__(self, label: str, code: str, message: str) -> None:
+        super().__init__(message)
+        self.label, self.code = label, code
+
+
+class NotPublishable(LibraryError):
+    """Moderation has rejected the item, so that nobody else may see it."""
+
+    code = "not_publishable"
+
+
 @dataclass(frozen=True)
 class Saved:
     """An item of the library, and whether this call made it."""
@@ -89,6 +107,8 @@ class Library:
         Raises `LibraryError`, `StorageUnavailable`.
         """
         await self._check_collection(user_id, labels)
+        source = await self._rows.asset(asset_id) or await self._rows.item_of(user_id, asset_id)
+        check_labels(labels or {}, source.content_mode if source is not None else "sfw")
         item, new = await self._saved(user_id, asset_id)
         if labels and await self._rows.update(item.id, user_id, labels) is None:
             raise AssetNotFound("the item was removed meanwhile")
@@ -138,8 +158,14 @@ class Library:
         return True
 
     async def update(self, user_id: UUID, item_id: UUID, changes: Mapping[str, Any]) -> LibraryItem:
-        """Change an item's title, tags, collection, or whether it is a favorite. Raises `LibraryError`."""
+        """Change an item's title, tags, collection, visibility, or whether it is a favorite. Raises `LibraryError`."""
         await self._check_collection(user_id, changes)
+        item = await self._rows.item(item_id)
+        if item is not None and item.user_id == user_id:
+            check_labels(changes, item.content_mode)
+            # one that is rejected from now on is withdrawn by the database, whatever its visibility
+            if changes.get("visibility", "private") != "private" and item.moderation_status == "rejected":
+                raise NotPublishable("moderation has rejected it")
         item = await self._rows.update(item_id, user_id, changes)
         if item is None:
             raise ItemNotFound("there is no such item in the library")
@@ -248,6 +274,18 @@ class Library:
                 await self._blobs.delete(bucket, [key for key in files.keys if key not in spared])
 
 
+def check_labels(labels: Mapping[str, Any], content_mode: str) -> None:
+    """Titles and tags are seen by others once their item is published: the content policy holds for all of them, as one
+    text. Raises `LabelRefused`."""
+    mode: ContentMode = "nsfw" if content_mode == "nsfw" else "sfw"
+    title, tags = labels.get("custom_title") or "", " \n".join(labels.get("tags") or ())
+    for label, text in (("custom_title", title), ("tags", tags), ("tags", f"{title}\n{tags}")):
+        try:
+            check_prompt(text, mode)
+        except ContentRejected as error:
+            raise LabelRefused(label, error.code, error.message) from None
+
+
 def _origin(item: LibraryItem) -> dict[str, Any]:
     """What the job of a copy says of where it comes from. An item that an older system saved does not tell how it was
     made; its copy's job has the plainest type of its kind, and says that this was assumed."""
@@ -257,7 +295,7 @@ def _origin(item: LibraryItem) -> dict[str, Any]:
         "job_type": "video_high" if video else "sdxl_image_high",
         "quality": "high",
         "model_type": "wan" if video else "sdxl",
-        "content_mode": "nsfw" if item.content_category == "nsfw" else "sfw",
+        "content_mode": item.content_mode,
     }
     facts |= {name: value for name, value in item.provenance.items() if name in (*facts, "frames", "fps")}
     metadata = {"source": "library_copy", "library_id": str(item.id)}

@@ -52,6 +52,7 @@ class Metrics:
         self._loras = Counter("ourvidz_loras_total", "LoRAs by what happened: load, hit, eviction.", ("model", "event"))
         self._lora_bytes = Gauge("ourvidz_lora_bytes", "What the loaded LoRAs take on the device.", ("model",))
         self._previews = Counter("ourvidz_previews_total", "Previews by outcome.", ("model", "outcome"))
+        self._templates = Counter("ourvidz_template_lookups_total", "Look-ups of templates: hit or miss.", ("outcome",))
         self._enhancements = Counter("ourvidz_enhancements_total", "Enhanced prompts.", ("strategy", "reason"))
 
     def job_ended(self, model: str, job: Mapping[str, Any], outcome: str, seconds: float) -> None:
@@ -98,3 +99,7 @@ class Metrics:
     def enhanced(self, strategy: str, reason: str | None) -> None:
         """A prompt was enhanced; `reason` says why it fell back, if it did."""
         self._enhancements.inc(1, {"strategy": strategy, "reason": reason or "none"})
+
+    def template_looked_up(self, hit: bool) -> None:
+        """Templates were looked up, in memory or in the database."""
+        self._templates.inc(1, {"outcome": "hit" if hit else "miss"})

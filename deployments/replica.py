@@ -24,9 +24,10 @@ from deployments.hosting import Host
 from deployments.loras import learn
 from deployments.metrics import Metrics
 from deployments.previews import Previews, cleaned
+from deployments.prompting import prompt_account
 from deployments.settings import Settings, SettingsError
 from deployments.states import RunStates
-from deployments.storing import Marking, StorageFailed, Storing, encode
+from deployments.storing import Finishing, StorageFailed, Storing
 from models.catalog import Family
 from models.engine import (
     Cancelled,
@@ -106,7 +107,7 @@ class Replica:
         started = time.monotonic()
         await self._workers.enter(self.worker, self.family, "loading", model_name=self.spec.model_name)
         try:
-            self._marking = await asyncio.to_thread(Marking.of, self.settings)
+            self._finishing = await asyncio.to_thread(Finishing.of, self.settings)
         except SettingsError as error:
             await self._workers.enter(self.worker, self.family, "failed", error=f"{error.code}: {error}")
             raise
@@ -138,7 +139,7 @@ class Replica:
         """What shares the forwards of the jobs that run now, and loads no LoRA for it."""
         if self.engine is None:
             return None
-        shapes = ["x".join(map(str, shape)) for shape in self.engine.shapes(self.spec.model_name)]
+        shapes = [shape.name for shape in self.engine.shapes(self.spec.model_name)]
         adapters = getattr(self.model, "adapters", None)
         return Fit(shapes, adapters.names_loaded if adapters is not None else ())
 
@@ -232,10 +233,7 @@ class Replica:
         held.report("encode_media")
         model_name = self.model.model_name
         origin = await self._origin(held.claim, request)
-        try:
-            files = await asyncio.to_thread(encode, generation, origin, self._marking)
-        except Exception as error:
-            raise GenerationFailed(f"encoding failed: {type(error).__name__}") from error
+        files = await asyncio.to_thread(self._finishing.files, generation, origin)
         held.report("store")
         return generation, await self._storing.put(
             held.claim, files, generation.settings, model_name, lambda: _raise_if_stopped(held)
@@ -256,8 +254,7 @@ class Replica:
             model_name=self.model.model_name,
             device=self.model.device,
             fingerprint=weights,
-            reference=request.reference,
-            mask=request.mask,
+            files=request.files,
         )
 
     async def _request(self, held: Held) -> GenerationRequest:
@@ -277,6 +274,11 @@ class Replica:
             deadline=None if claim.deadline_seconds is None else time.monotonic() + claim.deadline_seconds,
             model=self.spec.model_name,
             mask=await self._stored(held, reference.mask if reference else None),
+            guides={
+                one.kind: data
+                for one in params.references
+                if one.kind != "image" and (data := await self._stored(held, one)) is not None
+            },
         )
 
     async def _stored(self, held: Held, image: StoredImage | None) -> bytes | None:
@@ -285,7 +287,7 @@ class Replica:
         try:
             return await self._storing.read(image.bucket, image.key, lambda: _raise_if_stopped(held))
         except BlobNotFound as error:
-            raise ReferenceGone("the stored reference image, or its mask, is gone") from error
+            raise ReferenceGone("a stored reference image, or its mask, is gone") from error
 
     async def _watched(self, held: Held, ticket: Ticket, previews: Previews, states: RunStates) -> Generation:
         result = asyncio.create_task(ticket.result())
@@ -308,7 +310,7 @@ class Replica:
     async def _finish(self, held: Held, generation: Generation, assets: list[NewAsset]) -> bool:
         total_ms = round(generation.timings_ms["total"])
         settings = generation.settings | {"timings_ms": {k: round(v, 1) for k, v in generation.timings_ms.items()}}
-        enhancement = held.claim.job["enhancement"] or {}
+        settings |= prompt_account(held.claim.job["enhancement"] or {}, settings)
         end = Settlement(
             job_id=held.claim.job_id,
             attempt=held.claim.attempt,
@@ -323,9 +325,8 @@ class Replica:
                 "seed": generation.seeds[0],
                 "generation_time": total_ms / 1000,
                 "num_images": len(assets) if generation.images is not None else 0,
-                "enhancement_strategy": enhancement.get("strategy"),
-                "fallback_used": bool(settings.get("fallback_used") or enhancement.get("fallback_used")),
-                "compel_success": settings.get("compel_success"),
+                "fallback_used": bool(settings.get("fallback_used") or settings["enhancement_fallbacks"]),
+                **{name: settings.get(name) for name in ("enhancement_strategy", "compel_success")},
             },
         )
         return await self._endings.settle(held, end)
@@ -338,7 +339,7 @@ def _compute_seconds(generation: Generation) -> float:
 
 
 class ReferenceGone(GenerationError):
-    """The reference image of the job, or its mask, is no longer stored."""
+    """A reference image of the job, or its mask, is no longer stored."""
 
     code = "reference_gone"
     retryable = False

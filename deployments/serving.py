@@ -13,6 +13,7 @@ import structlog
 
 from db.blobs import BlobStore
 from db.callbacks import Callbacks
+from db.destinations import Destinations
 from db.erasures import Erasures
 from db.library import LibraryRows
 from db.notify import QUEUE_CHANNEL, Listener, Notifier
@@ -27,6 +28,8 @@ from deployments.expiry import Expiry
 from deployments.hosting import Host
 from deployments.logs import configure_logs
 from deployments.metrics import Metrics
+from deployments.placing import Placing
+from deployments.provider import ProviderClaims
 from deployments.replica import Replica
 from deployments.settings import Settings
 from deployments.signatures import CallbackSecrets
@@ -80,7 +83,7 @@ class EnhancerReplica:
         await self._enhancer.start()
 
     async def enhance(self, request: EnhanceRequest) -> Any:
-        """One prompt, enhanced now. Raises `ContentRejected`, `NoTemplate`."""
+        """One prompt, enhanced now. Raises `ContentRejected`."""
         return await self._enhancer.enhance(request)
 
     async def chat(
@@ -98,6 +101,24 @@ class EnhancerReplica:
 
     async def __del__(self) -> None:
         await self._enhancer.stop(self._enhancer.settings.drain_seconds)
+
+
+class ProviderReplica:
+    """Looks after the jobs that outside providers make. It takes its work from Postgres, and loads no model."""
+
+    async def __init__(self, shared: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        configure_logs()
+        self._claims = ProviderClaims(Settings.in_deployment(shared), Metrics())
+        await self._claims.start()
+
+    def check_health(self) -> None:
+        """Serve's health check."""
+        fault = self._claims.health()
+        if fault is not None:
+            raise Unhealthy(fault)
+
+    async def __del__(self) -> None:
+        await self._claims.stop(0)
 
 
 class _Duty:
@@ -152,7 +173,8 @@ class CallbackDeliverer(_Duty):
 
 
 class UpkeepDuty(_Duty):
-    """Looks after leases, deadlines, delays, retention, expiry, orphaned files, and erasures that others left."""
+    """Looks after leases, deadlines, delays, retention, expiry, orphaned files, results to place, and
+    erasures that others left."""
 
     async def __init__(self, shared: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         await self._open(shared, "ourvidz upkeep")
@@ -171,6 +193,8 @@ class UpkeepDuty(_Duty):
         erasure = Erasure(Erasures(self.pool), blobs)
         expiry = Expiry(LibraryRows(self.pool), blobs, self.settings.orphan_grace_seconds)
         self._sweeping = asyncio.create_task(self._sweep(sweep, erasure, expiry))
+        placing = Placing(Destinations(self.pool), blobs)
+        self._placing = asyncio.create_task(placing.run(self.settings.upkeep_seconds, self.stopping))
 
     async def _sweep(self, sweep: Sweep, erasure: Erasure, expiry: Expiry) -> None:
         while True:
@@ -183,5 +207,6 @@ class UpkeepDuty(_Duty):
 
     async def __del__(self) -> None:
         self._sweeping.cancel()
+        self._placing.cancel()
         await self._notifier.close()
         await self._close()

@@ -12,6 +12,7 @@ import secrets
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -23,7 +24,14 @@ from models.profile import Profile, load_profile
 from models.provenance import Algorithm
 
 GENERATED = ("signing_secret", "callback_secret", "job_callback_secret")  # on a laptop, where they are missing
-SECRET_FIELDS = frozenset({"database_url", "metrics_token", *GENERATED})
+SECRET_FIELDS = frozenset({"database_url", "metrics_token", "replicate_webhook_secret", "jwt_secret", *GENERATED})
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+PUBLISHED_SECRETS = frozenset(  # what Supabase's own papers and tools set until somebody changes it
+    {
+        "super-secret-jwt-token-with-at-least-32-characters-long",
+        "your-super-secret-jwt-token-with-at-least-32-characters-long",
+    }
+)
 
 
 class SettingsError(RuntimeError):
@@ -42,7 +50,12 @@ class Settings(BaseSettings):
     """What an operator can set. Durations are in seconds, sizes in bytes."""
 
     model_config = SettingsConfigDict(
-        env_prefix="OURVIDZ_", env_file=None, env_ignore_empty=True, extra="forbid", frozen=True
+        env_prefix="OURVIDZ_",
+        env_file=None,
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,  # a message about two settings would show all of them, secrets included
     )
 
     profile: str = Field("laptop", description="Name of a profile in configs/profiles, or a path to one.")
@@ -66,8 +79,31 @@ class Settings(BaseSettings):
     job_callback_secret: SecretStr | None = Field(
         None, description="Shared secret of outside providers that report to /functions/v1/job-callback."
     )
+    replicate_webhook_secret: SecretStr | None = Field(
+        None, description="What Replicate signs webhooks with (whsec_…). Empty: its predictions are only polled."
+    )
+    provider_slots: int = Field(8, ge=1, le=200, description="Jobs at outside providers that one replica looks after.")
+    provider_seconds: float = Field(
+        1800, ge=10, le=86400, description="How long a prediction at an outside provider may take before it is stopped."
+    )
+    max_output_bytes: int = Field(
+        200_000_000, ge=1000, description="Largest file that is fetched from an outside provider."
+    )
     metrics_token: SecretStr | None = Field(
         None, description="When set, /metrics wants it as a bearer token. It names no user and no prompt either way."
+    )
+    jwt_secret: SecretStr | None = Field(
+        None,
+        description="The secret with which your auth service, such as Supabase, signs users' tokens (HS256). At least "
+        "32 bytes. Empty: no such token is accepted.",
+    )
+    jwks_url: str | None = Field(
+        None,
+        description="Where your auth service lists the public keys of its tokens (ES256, RS256): https, or http on "
+        "this machine; on Supabase https://<project>.supabase.co/auth/v1/.well-known/jwks.json.",
+    )
+    jwt_issuer: str | None = Field(
+        None, description="The issuer that tokens must name; on Supabase https://<project>.supabase.co/auth/v1."
     )
     egress_allow: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Origins that callbacks and references may reach although private, e.g. http://10.0.0.7:9000."
@@ -135,6 +171,16 @@ class Settings(BaseSettings):
         None, description="Its private key (PEM, PKCS#8, without a passphrase). Only replicas need to read the file."
     )
     c2pa_algorithm: Algorithm = Field("es256", description="The signature algorithm that fits the key.")
+    image_classifier: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$",
+        description="Your own judge of what is made, as package.module:Name: replicas ask it about every result.",
+    )
+    on_reject: Literal["hold", "fail"] = Field(
+        "hold",
+        description="What the classifier rejects: `hold` keeps it for its owner and the moderators, `fail` keeps "
+        "nothing and fails the job (`content_rejected`).",
+    )
 
     @field_validator("egress_allow", "callback_schedule", mode="before")
     @classmethod
@@ -155,6 +201,23 @@ class Settings(BaseSettings):
             raise ValueError("must begin with http:// or https://")
         return value.rstrip("/")
 
+    @field_validator("jwks_url")
+    @classmethod
+    def _keys_come_safely(cls, value: str | None) -> str | None:
+        if value is not None:
+            parts = urlsplit(value)
+            if not (parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOOPBACK)):
+                raise ValueError("must begin with https://, or be on this machine")
+            if parts.username or parts.password:
+                raise ValueError("takes no user name or password")
+        return value
+
+    @model_validator(mode="after")
+    def _issues_something(self) -> Self:
+        if self.jwt_issuer is not None and self.jwt_secret is None and self.jwks_url is None:
+            raise ValueError("jwt_issuer has no effect without jwt_secret or jwks_url")
+        return self
+
     @model_validator(mode="after")
     def _lease_outlasts_renewals(self) -> Self:
         if 2 * self.renew_seconds > self.lease_seconds:
@@ -170,6 +233,12 @@ class Settings(BaseSettings):
             raise ValueError(f"provenance c2pa needs {' and '.join(missing)}")
         if self.provenance != "c2pa" and any(given.values()):
             raise ValueError("c2pa_certificate and c2pa_key have no effect unless provenance is c2pa")
+        return self
+
+    @model_validator(mode="after")
+    def _rejects_with_something(self) -> Self:
+        if self.image_classifier is None and self.on_reject != "hold":
+            raise ValueError("on_reject has no effect without an image_classifier")
         return self
 
     @classmethod
@@ -218,6 +287,12 @@ class Settings(BaseSettings):
         """What callbacks and references may reach: public https, and the origins of `egress_allow`."""
         return EgressPolicy(allow=tuple(AllowedHost.parse(origin) for origin in self.egress_allow))
 
+    def provider_webhook(self) -> str | None:
+        """Where a provider may report to; None where it could not reach us, or could not be told from anybody."""
+        if self.replicate_webhook_secret is None or not self.public_url.startswith("https://"):
+            return None
+        return f"{self.public_url}/functions/v1/replicate-webhook"
+
     def secret(self, name: str) -> bytes:
         """A secret by its field's name. Raises `SettingsError` when it is missing outside the laptop profile."""
         value: SecretStr | None = getattr(self, name)
@@ -229,6 +304,17 @@ class Settings(BaseSettings):
         if not self.loaded_profile.laptop:
             raise SettingsError(f"OURVIDZ_{name.upper()} must be set on the profile {self.loaded_profile.name}")
         return base64.b64decode(self._laptop_secrets()[name])
+
+    def token_secret(self) -> bytes | None:
+        """The secret of users' tokens, where one is set. Raises `SettingsError` for one that others can guess."""
+        if self.jwt_secret is None:
+            return None
+        text = self.jwt_secret.get_secret_value()
+        if len(text.encode()) < 32:
+            raise SettingsError("OURVIDZ_JWT_SECRET must have at least 32 bytes")
+        if text in PUBLISHED_SECRETS and not self.loaded_profile.laptop:
+            raise SettingsError("OURVIDZ_JWT_SECRET is a published default; whoever knows it is anybody")
+        return text.encode()
 
     def _laptop_secrets(self) -> dict[str, str]:
         path = self.state_dir / "secrets.json"

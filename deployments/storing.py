@@ -7,7 +7,7 @@ winner's file, and what a loser left is found by its key.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, repeat
 from typing import Any, Self, TypeVar
@@ -18,9 +18,10 @@ import structlog
 from db.blobs import BlobStore, StorageUnavailable, UrlSigner
 from db.queue import Claim, NewAsset
 from deployments.settings import Settings, SettingsError
-from models.engine import Generation, GenerationError
+from models.engine import Generation, GenerationError, GenerationFailed
 from models.manifest import SOFTWARE, Manifest, Origin, Pixels, describe, xmp
 from models.media import MANIFEST_KEY, describe_mp4, encode_mp4, encode_png, probe, thumbnail
+from models.moderation import ClassifierUnavailable, ContentRefused, Decision, Judge, Judgement, load_classifier
 from models.pixels import decode, pixel_hash, samples_of
 from models.provenance import ContentSigner, SigningUnavailable
 
@@ -51,8 +52,9 @@ class EncodedFile:
     data: bytes
     thumbnail: bytes
     facts: Any
-    seed: int
-    manifest: Manifest
+    seed: int | None  # None where nobody knows it
+    manifest: Manifest | None  # None where an outside provider made it
+    judgement: Judgement | None = None  # of the operator's classifier, where there is one
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,40 @@ def _texts(manifest: Manifest) -> dict[str, str]:
     return {"Software": SOFTWARE, "Model": manifest.model.name, MANIFEST_KEY: manifest.model_dump_json()}
 
 
+@dataclass(frozen=True)
+class Finishing:
+    """From what a model made to files that may be stored: judged, marked, encoded."""
+
+    marking: Marking
+    judge: Judge | None = None
+    keep_rejected: bool = True
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """As the settings want it. Blocking. Raises `SettingsError` where a signer or a classifier is not to be had."""
+        marking, path = Marking.of(settings), settings.image_classifier
+        if path is None:
+            return cls(marking)
+        try:
+            return cls(marking, Judge(load_classifier(path)), settings.on_reject == "hold")
+        except ClassifierUnavailable as error:
+            raise SettingsError(f"OURVIDZ_IMAGE_CLASSIFIER: {error}") from error
+
+    def files(self, generation: Generation, origin: Origin) -> list[EncodedFile]:
+        """Blocking; run it off the event loop. Raises `ContentRefused` for what is not kept, and `GenerationFailed`."""
+        judgements: list[Judgement | None] = [None] * (1 if generation.images is None else len(generation.images))
+        if self.judge is not None:
+            judgements = [*self.judge.judge(generation)]
+        for judgement in judgements:
+            if judgement is not None and judgement.decision is Decision.REJECT and not self.keep_rejected:
+                raise ContentRefused("the installation's classifier rejects what was made")
+        try:
+            files = encode(generation, origin, self.marking)
+        except Exception as error:
+            raise GenerationFailed(f"encoding failed: {type(error).__name__}") from error
+        return [replace(file, judgement=judgement) for file, judgement in zip(files, judgements, strict=True)]
+
+
 class Storing:
     """Puts encoded files into the object store and describes them.
 
@@ -169,7 +205,9 @@ class Storing:
                     seed=file.seed,
                     model_used=model_name,
                     settings=settings,
-                    manifest=file.manifest.model_dump(mode="json"),
+                    manifest=None if file.manifest is None else file.manifest.model_dump(mode="json"),
+                    moderation_status=file.judgement.status if file.judgement else "pending",
+                    moderation_reason=file.judgement.reason if file.judgement else None,
                 )
             )
         stop()

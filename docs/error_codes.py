@@ -15,7 +15,8 @@ from starlette.exceptions import HTTPException
 
 from db.blobs import StorageUnavailable
 from db.idempotency import IdempotencyConflict, IdempotencyInFlight
-from deployments import destinations, enhancer, replica, storing
+from db.limits import LimitReached
+from deployments import destinations, enhancer, provider_api, replica, storing
 from models import answers, generation, lora_files, params
 from models.catalog import UnknownJobType
 from models.policy import ContentRejected
@@ -55,14 +56,26 @@ FIELD_CODES = {
 }
 # better words than the messages have
 MEANINGS = {
-    "missing_key": "There is no `Authorization: Bearer ovz_…`.",
+    "missing_key": "There is no `Authorization: Bearer …`.",
+    "invalid_token": "A token of the auth service is not accepted; the message says what about it.",
+    "token_expired": "The token has expired. Refresh it with the auth service.",
+    "anonymous_token": "The token is a project's public key, or of somebody who signed in as nobody. Sign in first.",
+    "service_token": "The token is a project's service key, which stands for no user. Use the API key of an admin.",
+    "user_erased": "The user is being erased, or was after the token was issued. Sign in anew to begin again.",
+    "token_keys_unavailable": "The auth service's keys can't be fetched. Try again after `Retry-After`.",
     "invalid_key": "The API key is unknown, revoked or expired.",
     "admin_only": "Only an admin may do this.",
     "job_open": "The job has not ended. Cancel it first.",
     "nsfw_not_allowed": "The profile, or the user's age verification, does not allow nsfw.",
-    "too_many_references": "More jobs of a batch have a reference image than the message says.",
+    "too_many_references": "The jobs of a batch have more references together than the message says.",
     "age_not_verified": "nsfw needs an age-verified user.",
+    "CROSS_USER_REFERENCE": "The path of a reference, or its signed URL, is under another user's id.",
+    "invalid_reference_path": "The path of a reference is written as none of ours is, or lies in another bucket.",
+    "reference_not_found": "The caller has no such picture, or it has been deleted.",
     "reference_not_allowed": "In nsfw mode a reference must be an image that this system made.",
+    "moderators_only": "Only a moderator or an admin may do this.",
+    "moderation_changed": "Somebody has decided otherwise since. Read the result again.",
+    "not_publishable": "Moderation has rejected the item, so nobody else may see it.",
     "invalid_signature": "403: the signature of a file's URL. 401: the signature or the time of a provider's report.",
     "job_not_found": "There is no such job, or it is somebody else's.",
     "key_not_found": "There is no such API key, or it is somebody else's.",
@@ -75,8 +88,18 @@ MEANINGS = {
     "asset_file_missing": "The file is gone from the store, or is not the one that its row speaks of.",
     "too_many_uploads": "The user has as many uploads as one may have. Delete some.",
     "unsupported_media_type": "The body has a media type that the operation does not take.",
-    "not_implemented": "A scene for enhance-prompt, or an outside provider without an adapter.",
-    "model_not_installed": "The profile has no model for this job type.",
+    "not_implemented": "A scene for enhance-prompt, or a function of the older system that is not made here.",
+    "output_host": "A provider's report names a file at a host that is not among its `output_hosts`.",
+    "asset_path": "A provider's report names a file that does not lie in the job's own folder.",
+    "gone": "A function of the older system that nothing calls any more.",
+    "destination_not_found": "`metadata.destination` names no scene or character that the caller may change.",
+    "character_ambiguous": "Several characters have the name that was given.",
+    "worker_not_found": "The profile has no model of that kind.",
+    "invalid_url": "A worker's address must be an http or https URL without a user or password.",
+    "generation_failed": "The job that a picture was waited for has failed. The message names the job and its code.",
+    "model_not_installed": "Neither the profile nor an outside provider has a model for this job type.",
+    "MODEL_VERSION_NOT_FOUND": "`apiModelId` names no image model of the provider that is turned on and has a version.",
+    "webhook_not_configured": "`OURVIDZ_REPLICATE_WEBHOOK_SECRET` is not set, so that nobody's webhooks are believed.",
     "reference_type_unavailable": "The profile has no model or adapter for this kind of reference.",
     "no_template_available": "No active prompt template fits.",
     "conversation_not_found": "There is no such conversation, or it is somebody else's.",
@@ -95,9 +118,16 @@ ANSWERS: tuple[tuple[Exception, str], ...] = (
     (UnknownJobType(), "There is no such job type."),
     (ContentRejected("content_minors", ""), "The content policy: sexual content that involves minors, in any mode."),
     (ContentRejected("content_sexual_in_sfw", ""), "The content policy: sexual content in sfw mode."),
-    (generation.InvalidInput(""), "The reference image or its mask can't be used."),
+    (generation.InvalidInput(""), "A reference image or its mask can't be used."),
     (IdempotencyConflict(), "The key was used before, with another body."),
     (IdempotencyInFlight(), "A request with the key is being accepted now. Try again after `Retry-After`."),
+    (LimitReached("rate_limited", ""), "More submissions than `rateLimitRequestsPerMinute` and `burst` let in."),
+    (LimitReached("hourly_limit", ""), "As many jobs as `maxJobsPerHour` were submitted in the last 60 minutes."),
+    (LimitReached("user_limit", ""), "As many of the user's jobs wait or run as `maxJobsPerUser`."),
+    (LimitReached("concurrent_limit", ""), "As many jobs of all users wait or run as `maxConcurrentJobs`."),
+    (LimitReached("storage_limit", ""), "The user's files take up `maxStoragePerUserGB`."),
+    (LimitReached("credits_exhausted", ""), "The operator charges for jobs, and the balance is too low."),
+    (LimitReached("maintenance", ""), "The installation is maintained, and takes new work of admins only."),
     (destinations.EgressRefused("scheme", ""), "A callback or reference URL is refused by rule."),
     (destinations.EgressFailed("timeout", ""), "A callback or reference URL gave nothing usable."),
     (StorageUnavailable(), "The object store is away. Try again after `Retry-After`."),
@@ -203,13 +233,20 @@ def egress_reasons() -> Table:
 
 
 def enhancement_reasons() -> Table:
-    """Why rules stood in for the language model."""
-    meanings = {
+    """Why rules stood in for the language model, or why the prompt stayed as it was."""
+    outside = {
         "model_unavailable": "The language model is not loaded.",
+        "replica_unavailable": "Its replica can't be reached. Only for prompts that are enhanced at once.",
         "model_busy": "Too much waits for it already. Only for prompts that are enhanced at once; jobs wait.",
         "model_failed": "It raised an error.",
+        "timed_out": "It was not done in the time that a preset, or the answer, gives it.",
         "too_long": "Its answer was far over the limit.",
-        "content_rejected": "Its answer breaks the content policy.",
+        "content_rejected": "Its answer, or what rules made of the prompt, breaks the content policy.",
+        "no_template_available": "No active template fits; the prompt stays as it was.",
+        "tokenizer_unavailable": "The tokenizer of the reader of the prompt can't be read; the prompt stays as it was.",
+        "nothing_to_add": "Rules have nothing to add, or no room for it; the prompt stays as it was.",
+    }
+    meanings = outside | {
         "empty_answer": "It said nothing.",
         "gibberish": "Its answer is no text. The tiny weights of the profile laptop always end here.",
         "refusal": "It refused. A refusal is never cut down to a prompt.",
@@ -223,7 +260,7 @@ def enhancement_reasons() -> Table:
     agree(
         "reasons of an unusable answer",
         names,
-        set(meanings) - {"model_unavailable", "model_busy", "model_failed", "too_long", "content_rejected"},
+        set(meanings) - set(outside),
     )
     return ("Reason", "Meaning"), [(f"`{name}`", meaning) for name, meaning in meanings.items()]
 
@@ -249,7 +286,7 @@ def inside() -> Table:
 
 def leaves(kind: type[generation.GenerationError]) -> Iterator[type[generation.GenerationError]]:
     """The concrete errors below one, those of the replicas included."""
-    assert all((enhancer, lora_files, replica, storing))  # imported, so that their errors are known
+    assert all((enhancer, lora_files, provider_api, replica, storing))  # imported, so that their errors are known
     for child in kind.__subclasses__():
         if "code" in vars(child):
             yield child

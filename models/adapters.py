@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,10 +89,10 @@ class Adapters:
         """The registry's names of what is loaded: a request for them would load nothing."""
         return frozenset(name for loaded in list(self._loaded.values()) for name in list(loaded.names))
 
-    def fetch(self, uses: Sequence[LoraUse]) -> None:
-        """Finds, downloads and checks the files, so that `acquire` need not: from any thread. Raises as it does."""
-        for use in uses:
-            self._registry.file(use.name)
+    def fetch(self, uses: Sequence[LoraUse]) -> dict[str, LoraFile]:
+        """Finds, downloads and checks the files by name, so that `acquire` need not: from any thread. Raises as it
+        does."""
+        return {use.name: self._registry.file(use.name) for use in uses}
 
     def fetch_all(self) -> None:
         """The same for all of the registry, so that no request waits for a download. What is wrong is only logged."""
@@ -102,12 +102,15 @@ class Adapters:
             except GenerationError as error:
                 log.warning("lora_unusable", lora=name, code=error.code, reason=error.message)
 
-    def acquire(self, uses: Sequence[LoraUse]) -> Lease:
-        """Loads what is missing, and holds all of it. Raises `LoraInvalid`, `LoraUnavailable`, `LoraNoRoom` or
-        `OutOfMemory`, and then holds nothing; the requests that run, and the base model, never notice."""
+    def acquire(self, uses: Sequence[LoraUse], fetched: Mapping[str, LoraFile] | None = None) -> Lease:
+        """Loads what is missing, and holds all of it; given what `fetch` found it waits for no download.
+
+        Raises `LoraInvalid`, `LoraUnavailable`, `LoraNoRoom` or `OutOfMemory`, and then holds nothing; the requests
+        that run, and the base model, never notice.
+        """
         if not uses:  # and waits for no encoding that holds the lock
             return Lease((), [], self)
-        files = {use.name: self._registry.file(use.name) for use in uses}
+        files = self.fetch(uses) if fetched is None else fetched
         weights: dict[str, float] = {}
         for use in uses:  # two names may lead to one file
             adapter = _adapter_name(files[use.name])

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from models.params import GenerationParams
 
+RAISE_AFTER = 64  # forwards at a lowered cap, before one row more is tried
 LEARNING = 0.1  # the weight of a new measurement beside those before
 WORTHWHILE = 0.95  # of the best throughput: the smallest batch that reaches it is the cap
 ROWS = (1, 2, 4, 8, 16)
@@ -25,11 +26,22 @@ FORMAT = 1
 
 
 class Shape(NamedTuple):
-    """What a forward's cost depends on beside its rows; sizes in pixels."""
+    """What a forward's cost depends on beside its rows; sizes in pixels.
+
+    `part` says what else it gets ("composition", "start_frame"), or what is run where that is not the denoiser
+    ("controlnet"); images that rows attend to share the forwards of those without, and are no part of it.
+    """
 
     width: int
     height: int
     frames: int
+    part: str = ""
+
+    @property
+    def name(self) -> str:
+        """As text: "1024x1024x1", "1024x1024x1+composition"."""
+        size = f"{self.width}x{self.height}x{self.frames}"
+        return f"{size}+{self.part}" if self.part else size
 
     @property
     def volume(self) -> int:
@@ -37,12 +49,25 @@ class Shape(NamedTuple):
 
 
 def shape_name(params: GenerationParams) -> str:
-    """The shape as text: "1024x1024x1"."""
-    return "x".join(map(str, shape_of(params)))
+    """The shape of a job's denoiser as text, see `Shape.name`."""
+    return shape_of(params).name
 
 
 def shape_of(params: GenerationParams) -> Shape:
-    return Shape(params.width, params.height, params.frames)
+    part = next((kind for kind in ("composition", "start_frame") if params.of_kind(kind) is not None), "")
+    return Shape(params.width, params.height, params.frames, part)
+
+
+def shapes_of_step(params: GenerationParams) -> list[Shape]:
+    """The forwards that one step is made of."""
+    shape = shape_of(params)
+    return [shape, shape._replace(part="controlnet")] if shape.part == "composition" else [shape]
+
+
+def step_seconds(costs: Costs, params: GenerationParams) -> float | None:
+    """What one step of a whole request takes; None before any measurement."""
+    each = [costs.seconds(shape, rows_of(params)) for shape in shapes_of_step(params)]
+    return None if None in each else sum(seconds for seconds in each if seconds is not None)
 
 
 def rows_of(params: GenerationParams) -> int:
@@ -64,6 +89,7 @@ class Costs:
         self.measured: dict[Shape, dict[int, float]] = {}  # at warm-up: caps come from these alone
         self.seen: dict[Shape, dict[int, float]] = {}  # measured and learnt
         self.caps: dict[Shape, int] = {}  # lowered by a want of memory
+        self._at_cap: dict[Shape, int] = {}  # forwards with as many rows as a lowered cap allows, since it was set
         self.forwards = self.rows = 0  # that were run in this process
         self.busy_seconds = 0.0  # that they took together
         self.decoding: Decoding | None = None
@@ -92,6 +118,7 @@ class Costs:
         self.forwards += 1
         self.rows += rows
         self.busy_seconds += seconds
+        self._raise_cap(shape, rows)
         curve = self.seen.setdefault(shape, {})
         before = curve.get(rows)
         if (
@@ -137,17 +164,26 @@ class Costs:
         return cap if lowered is None else min(cap, lowered)
 
     def lower_cap(self, shape: Shape, rows: int) -> None:
-        """A forward of so many rows had no room: from now on at most half."""
+        """A forward of so many rows had no room: at most half for now. What took the room may go away again."""
         self.caps[shape] = max(1, min(self.caps.get(shape, rows), rows) // 2)
+        self._at_cap[shape] = 0
+
+    def _raise_cap(self, shape: Shape, rows: int) -> None:
+        lowered = self.caps.get(shape)
+        if lowered is None or rows < lowered:
+            return
+        self._at_cap[shape] += 1
+        if self._at_cap[shape] >= RAISE_AFTER:
+            self.caps[shape], self._at_cap[shape] = lowered + 1, 0
 
     def job_seconds(self, params: GenerationParams) -> float | None:
         """How long a job takes when it has the device for itself: its steps and its decoding."""
         shape = shape_of(params)
-        forward = self.seconds(shape, rows_of(params))
-        if forward is None:
+        step = step_seconds(self, params)
+        if step is None:
             return None
         decoding = self.decoding.seconds_per_pixel * shape.volume * params.num_images if self.decoding else 0.0
-        return forward * params.steps + decoding
+        return step * params.steps + decoding
 
     def forward_bytes(self, params: GenerationParams, rows: int) -> int | None:
         """The device memory that a forward of so many rows needs beside the weights; None where it was not measured."""
@@ -162,7 +198,7 @@ class Costs:
 
     def _nearest(self, shape: Shape, among: dict[Shape, dict[int, float]] | None = None) -> Shape | None:
         known = self.seen if among is None else among
-        return min(known, key=lambda other: abs(other.volume - shape.volume), default=None)
+        return min(known, key=lambda other: (other.part != shape.part, abs(other.volume - shape.volume)), default=None)
 
     def document(self) -> dict[str, Any]:
         """The profile as JSON: what was measured, and nothing of what was learnt since."""
@@ -179,11 +215,11 @@ class Costs:
         if document["format"] != FORMAT:
             raise ValueError("another format")
         costs = cls()
-        for width, height, frames, curve in document["measured"]:
+        for *shape, curve in document["measured"]:
             times = {int(rows): float(seconds) for rows, seconds in curve}
             if not times or not all(rows > 0 and math.isfinite(s) and s > 0 for rows, s in times.items()):
                 raise ValueError("no curve of times")
-            costs.measured[Shape(width, height, frames)] = times
+            costs.measured[Shape(*shape)] = times
         costs.seen = {shape: dict(curve) for shape, curve in costs.measured.items()}
         if document["seconds_per_pixel"] is not None:
             costs.decoding = Decoding(float(document["seconds_per_pixel"]))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from models.image_prompts import ImagePrompt, attending
 from models.lanes import LaneName
 from models.lora_rows import AdapterSet, applied
 
@@ -23,6 +24,7 @@ T = TypeVar("T")
 # The arguments of the UNet and of the transformers that hold the noisy latents; their first axis counts the rows.
 LATENTS = ("sample", "hidden_states")
 TEXT, TEXT_MASK = "encoder_hidden_states", "encoder_attention_mask"
+CONTROL_SCALE = "conditioning_scale"  # of a ControlNet: one number for all rows, or one for each
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,8 @@ class Call:
     """One forward that one request asks for: `rows` rows for `module`, with its arguments by name.
 
     `context` is the name under which the module's step cache keeps the state of this request, where there is one.
-    Calls of the same `key` may share a forward; `adapters` are the LoRAs of its rows.
+    Calls of the same `key` may share a forward; `adapters` are the LoRAs of its rows, `prompts` the images that they
+    attend to. `part` names the module where it is not the denoiser itself.
     """
 
     module: Any
@@ -39,10 +42,12 @@ class Call:
     key: Hashable
     context: tuple[str, dict[str, Any]] | None = None
     adapters: AdapterSet = ()
+    prompts: tuple[ImagePrompt, ...] = ()
+    part: str = ""
 
     def run(self) -> Any:
         """The forward of this call alone, exactly as the pipeline would have made it."""
-        with _in_context(self), applied(self.module, [self.adapters] * self.rows):
+        with _in_context(self), _steered([self]):
             return self.module(**self.arguments)
 
     @property
@@ -61,28 +66,43 @@ class Forwarding(Protocol):
 class StandIn:
     """In the place of a pipeline's denoiser, for one request: calls go to its control, the rest to the module.
 
-    `alone` keeps the request's calls from sharing a forward, `adapters` are the LoRAs that all of them run with, and
-    `mixes` says whether calls with other LoRAs may share it.
+    `alone` keeps the request's calls from sharing a forward, `adapters` are the LoRAs and `prompts` the images that all
+    of them run with, and `mixes` says whether calls with other LoRAs may share it.
     """
 
+    part = ""
+
     def __init__(
-        self, module: Any, control: Forwarding, name: str, *, alone: bool, adapters: AdapterSet = (), mixes: bool = True
+        self,
+        module: Any,
+        control: Forwarding,
+        name: str,
+        *,
+        alone: bool,
+        adapters: AdapterSet = (),
+        mixes: bool = True,
+        prompts: Sequence[ImagePrompt] = (),
     ) -> None:
         self._module, self._control, self._name = module, control, name
-        self._alone, self._adapters, self._mixes = alone, adapters, mixes
+        self._alone, self._adapters, self._mixes, self._prompts = alone, adapters, mixes, prompts
         self._context: tuple[str, dict[str, Any]] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(type(self._module).forward).bind(self._module, *args, **kwargs)
+        signature = inspect.signature(type(self._module).forward)
+        bound = signature.bind(self._module, *args, **kwargs)
         arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
         rows = int(arguments[_latents_name(arguments)].shape[0])
         # a step cache decides once for a forward, so its requests go alone
         own = self._name if self._alone or self._context is not None else None
-        key = (id(self._module), own, None if self._mixes else self._adapters, _shape_key(arguments))
-        return self._control.forward(Call(self._module, arguments, rows, key, self._context, self._adapters))
+        # where there is no mask to take padding out, texts must be of one length
+        text = None if TEXT_MASK in signature.parameters else arguments[TEXT].shape[1]
+        key = (id(self._module), own, None if self._mixes else self._adapters, text, _shape_key(arguments))
+        prompts = tuple(prompt.of_rows(rows) for prompt in self._prompts)
+        call = Call(self._module, arguments, rows, key, self._context, self._adapters, prompts, self.part)
+        return self._control.forward(call)
 
     @contextlib.contextmanager
     def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -94,6 +114,16 @@ class StandIn:
     def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
         """A pipeline that ends would wipe the states of all requests; theirs are dropped by name."""
         return
+
+
+class ControlStandIn(StandIn):
+    """In the place of a ControlNet, which pipelines tell from several by its class."""
+
+    part = "controlnet"
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # what isinstance looks at
+        return type(self.__dict__["_module"])
 
 
 class AsideStandIn:
@@ -141,17 +171,32 @@ def run_together(calls: Sequence[Call]) -> list[Any]:
             joined[name], mask = _padded(values)
             if mask is not None:
                 joined[TEXT_MASK] = mask
+        elif name == CONTROL_SCALE:
+            joined[name] = _scales(values, rows, first.latents)
         elif name != TEXT_MASK or first.arguments[name] is not None:
             joined[name] = _joined(values)
-    with applied(first.module, [call.adapters for call in calls for _ in range(call.rows)]):
+    with _steered(calls):
         return _split(first.module(**joined), rows)
 
 
 def blank_output(call: Call) -> Any:
     """Zeros of the shape of the call's output, for steps that are passed over; see `models.resumption`."""
+    if call.part:  # what only the denoiser would get, which is passed over itself
+        return ((), None)
     latents = call.latents
     channels = call.module.config.out_channels
     return (latents.new_zeros(latents.shape[0], channels, *latents.shape[2:]),)
+
+
+@contextlib.contextmanager
+def _steered(calls: Sequence[Call]) -> Iterator[None]:
+    """Around a forward of these calls: each row with its own LoRAs and images."""
+    module = calls[0].module
+    with (
+        applied(module, [call.adapters for call in calls for _ in range(call.rows)]),
+        attending(module, [(call.rows, call.prompts) for call in calls]),
+    ):
+        yield
 
 
 def _in_context(call: Call) -> contextlib.AbstractContextManager[Any]:
@@ -176,6 +221,8 @@ def _shape_key(value: Any, name: str = "") -> Hashable:
         if name == TEXT:  # other lengths can be padded
             return (tuple(value.shape[2:]), value.dtype)
         return (tuple(value.shape[1:]), value.dtype)
+    if name == CONTROL_SCALE:
+        return CONTROL_SCALE
     if isinstance(value, dict):
         return tuple((key, _shape_key(inner, key)) for key, inner in value.items() if inner is not None)
     if isinstance(value, list | tuple):
@@ -191,6 +238,14 @@ def _per_row(value: Any, rows: int, like: Any) -> Any:
     tensor = value if torch.is_tensor(value) else torch.tensor(value, device=like.device)
     tensor = tensor.to(like.device)
     return tensor.reshape(1).expand(rows) if tensor.numel() == 1 and tensor.ndim <= 1 else tensor
+
+
+def _scales(values: Sequence[float], rows: Sequence[int], like: Any) -> Any:
+    """One number where all agree, else (N, 1, 1, 1)."""
+    if len(set(values)) == 1:
+        return values[0]
+    each = [value for value, count in zip(values, rows, strict=True) for _ in range(count)]
+    return like.new_tensor(each).reshape(-1, 1, 1, 1)
 
 
 def _padded(values: Sequence[Any]) -> tuple[Any, Any]:
@@ -225,11 +280,13 @@ def _joined(values: Sequence[Any]) -> Any:
 
 def _split(output: Any, rows: Sequence[int]) -> list[Any]:
     """The rows of each request; the views keep the whole forward's memory only until their scheduler's step."""
-    tensors = output if isinstance(output, tuple) else tuple(output.values())
-    parts = [tensor.split(list(rows)) for tensor in tensors]
-    if isinstance(output, tuple):
-        return [tuple(part) for part in zip(*parts, strict=True)]
-    return [type(output)(*part) for part in zip(*parts, strict=True)]
+    if hasattr(output, "split"):
+        return list(output.split(list(rows)))
+    inner = output if isinstance(output, tuple | list) else tuple(output.values())
+    parts = zip(*(_split(each, rows) for each in inner), strict=True)
+    if isinstance(output, tuple | list):
+        return [type(output)(part) for part in parts]
+    return [type(output)(*part) for part in parts]
 
 
 def forget_context(module: Any, name: str) -> None:

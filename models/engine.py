@@ -48,7 +48,7 @@ from models.generation import (
 from models.lanes import Lanes, adopt, timed
 from models.measuring import room_bytes
 from models.runs import Aside, Run
-from models.tickets import Progress, Ticket
+from models.tickets import Progress, Ticket, admissible
 
 __all__ = [
     "Cancelled",
@@ -80,6 +80,8 @@ class Engine:
     """Runs the tickets of its models, up to `slots` of them at a time, step by step.
 
     Whoever feeds it claims work for `free_slots`. More may be submitted; they wait inside, in the order of arrival.
+    Interactive requests share their slots with one another only, for background ones that hold all of them give way
+    and keep little more than their latents meanwhile; a single slot belongs to whoever has it.
     `costs` are the profiles by model name; they are kept in `costs_folder`, if one is given. With `overlap` encoding
     and decoding go on beside the steps; without it they come between them. None lets the device decide: on a CPU whose
     cores all work for each step, two threads would only be in each other's way.
@@ -271,7 +273,7 @@ class Engine:
             self.closing
             or self.broken
             or self._returned
-            or (self._waiting and self._denoising() < self.slots)
+            or self._admissible()
             or any(run.call is not None or run.ticket.cancelled for run in self._runs)
         )
 
@@ -280,12 +282,14 @@ class Engine:
         return sum(not run.ticket.progress.denoised for run in self._runs)
 
     def _take_in(self) -> list[Ticket]:
-        room = self.slots - self._denoising()
-        # sorted is stable: of the same priority the first come is the first served
-        taken = sorted(self._waiting, key=lambda ticket: ticket.request.priority)[: max(0, room)]
+        taken = self._admissible()
         for ticket in taken:
             self._waiting.remove(ticket)
         return taken
+
+    def _admissible(self) -> list[Ticket]:
+        denoising = [run.ticket for run in self._runs if not run.ticket.progress.denoised]
+        return admissible(list(self._waiting), denoising, self.slots)
 
     def _begin(self, ticket: Ticket) -> None:
         model = self.models.get(ticket.request.model or self.model.model_name)

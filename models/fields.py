@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass
+from typing import Any
 
 from models.catalog import RequestRefused
 
@@ -53,3 +54,16 @@ def cleaned(field: str, text: str) -> str:
     # Format characters, separators and marks alone draw nothing on a page.
     shown = any(category != "Cf" and category[0] not in "ZM" for category in categories)
     return spaced if shown else ""
+
+
+def field_error(detail: dict[str, Any]) -> FieldError:
+    """A pydantic error detail as ours; its message is kept, its input is not."""
+    field = ".".join(str(part) for part in detail["loc"]) or "body"
+    kind: str = detail["type"]
+    if kind == "extra_forbidden":
+        return FieldError(field, "is not a parameter", "unknown")
+    message: str = detail["msg"]
+    code = {"missing": "missing", "literal_error": "choice", "string_too_short": "length"}.get(kind)
+    if code is None:
+        code = "range" if kind in ("greater_than_equal", "less_than_equal", "finite_number") else "type"
+    return FieldError(field, message, code)

@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from models.profile import ModelSpec
+from models.guides import IpAdapter
+from models.profile import TINY, ModelSpec
+from models.weights import Guide, adapter_files, file_of
 
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".gguf")  # in the order in which they are looked for
 _CONFIGURATION = (".json", ".txt", ".model")  # of components and tokenizers: small, and any of them changes pixels
@@ -102,7 +104,21 @@ def checkpoint_files(spec: ModelSpec, weights: Path | str) -> tuple[dict[str, Pa
         files = {name: path for name, path in files.items() if not name.startswith("vae/")}
         vae, _ = _root(spec.vae, None, None)
         files |= {f"vae:{name}": path for name, path in (_of_folder(vae, None) if vae is not None else {}).items()}
+    for field_name, guide in spec.guides.items():
+        files |= {f"{field_name}:{name}": path for name, path in _of_guide(guide).items()}
     return files, revision
+
+
+def _of_guide(guide: Guide) -> dict[str, Path]:
+    """The files of what lets references steer the model. Tiny ones are built from this very version: they are left
+    out."""
+    if guide.source == TINY:
+        return {}
+    if isinstance(guide, IpAdapter):
+        found = {name: file_of(guide, name) for name in adapter_files(guide)}
+        return {name: path for name, path in found.items() if path is not None}
+    root, _ = _root(guide.source, None, guide.revision)
+    return {} if root is None else _of_folder(root, guide.variant)
 
 
 def _root(weights: Path | str, single_file: str | None, revision: str | None) -> tuple[Path | None, str | None]:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 
 import structlog
 
-from models.costs import Costs, Shape, shape_of
+from models.costs import Costs, Shape
 from models.denoiser import run_together
 from models.generation import (
     DeviceBroken,
@@ -38,7 +38,7 @@ class Forwards:
         now = time.monotonic()
         works = [run.work(now) for run in parked]
         known: dict[Hashable, tuple[Costs, Shape]] = {
-            work.key: (run.costs, shape_of(run.ticket.request.params)) for run, work in zip(parked, works, strict=True)
+            work.key: (run.costs, run.shape) for run, work in zip(parked, works, strict=True)
         }
 
         def cap(key: Hashable) -> int:
@@ -59,7 +59,7 @@ class Forwards:
         """The outputs of the parked calls, run together; where that fails, each alone, so that only the guilty fail."""
         calls = [run.call for run in runs if run.call is not None]
         first = runs[0]
-        shape, rows = shape_of(first.ticket.request.params), sum(call.rows for call in calls)
+        shape, rows = first.shape, sum(call.rows for call in calls)
         started = time.perf_counter()
         try:
             outputs = run_together(calls)

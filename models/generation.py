@@ -5,6 +5,7 @@ What can go wrong, with the `code` that clients see::
     GenerationError
     ├── Cancelled           cancelled           the caller, or a closing engine, stopped it at a step boundary
     ├── InvalidInput        invalid_input       this request can't be run by this model; trying again is useless
+    │   └── ReferenceTypeUnavailable  reference_type_unavailable  it has not loaded what such a reference needs
     ├── OutOfMemory         oom                 the device had not enough memory; its caches were given back
     │   └── OutOfMemoryPredicted  oom_predicted it would not have: by the measured need of its shape, it was not tried
     ├── ModelLoadFailed     model_load_failed   weights missing or unreadable, or the model does not fit
@@ -18,7 +19,7 @@ import contextlib
 import gc
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -27,6 +28,7 @@ from models.denoiser import Call
 from models.lanes import LaneName
 from models.params import GenerationParams
 from models.preview import Snapshots
+from models.reference import ReferenceKind
 from models.resumption import States
 
 if TYPE_CHECKING:
@@ -59,6 +61,10 @@ class InvalidInput(GenerationError):
     retryable = False
 
 
+class ReferenceTypeUnavailable(InvalidInput):
+    code = "reference_type_unavailable"
+
+
 class OutOfMemory(GenerationError):
     code = "oom"
     retryable = True
@@ -85,8 +91,8 @@ class DeviceBroken(GenerationError):
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One job as the model sees it. `reference` holds the encoded bytes of `params.reference`, if there is one, and
-    `mask` those of its mask.
+    """One job as the model sees it. `reference` holds the encoded bytes of `params.reference`, if there is one,
+    `mask` those of its mask, and `guides` those of the other references by their kinds.
 
     `batch_size` is how many of its images may be made at a time; None: all of them. `snapshots` gets copies of the
     latents, where previews are wanted. `priority` 0 is interactive, larger ones give way to it; `deadline` is on the
@@ -105,6 +111,13 @@ class GenerationRequest:
     states: States | None = None
     resume: bytes | None = None
     mask: bytes | None = None
+    guides: Mapping[ReferenceKind, bytes] = field(default_factory=dict)
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """All encoded images, by the kind of the reference or as "mask"."""
+        named = {"image": self.reference, "mask": self.mask}
+        return {name: data for name, data in named.items() if data is not None} | {**self.guides}
 
 
 @dataclass(frozen=True)

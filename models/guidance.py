@@ -11,7 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 # What the SDXL pipelines hold twice, negative half first, while they guide.
-_DOUBLED = ("prompt_embeds", "add_text_embeds", "add_time_ids", "mask", "masked_image_latents")
+_DOUBLED = (
+    "prompt_embeds",
+    "add_text_embeds",
+    "add_time_ids",
+    "mask",
+    "masked_image_latents",
+    "image",
+    "control_image",
+)
 
 
 def guidance_interval(pipeline: Any, arguments: Mapping[str, Any], start: float, stop: float) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class ProfileLoras:
         self._of_profile = dict(sources)
         self._sources = dict(sources)
         self._checked: dict[Path, tuple[tuple[int, int, int], LoraFile]] = {}
-        self._lock = threading.Lock()
+        self._locks: dict[str, threading.Lock] = {}  # one for each name: a long download holds up its own alone
 
     def names(self) -> Collection[str]:
         return self._sources.keys()
@@ -91,7 +91,7 @@ class ProfileLoras:
         source = self._sources.get(name)
         if source is None:
             raise LoraInvalid(f"{name}: the registry no longer has this LoRA")
-        with self._lock:
+        with self._locks.setdefault(name, threading.Lock()):
             file = self._read(name, _located(name, source))
         if source.sha256 not in (None, file.sha256):
             raise LoraInvalid(f"{name}: the file has the SHA-256 {file.sha256}, another one is registered")

@@ -11,7 +11,7 @@ import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from models.fingerprint import Fingerprint
 from models.generation import Generation
 from models.params import GenerationParams
+from models.reference import Reference
 
 SOFTWARE = "ourvidz-serve"
 # https://cv.iptc.org/newscodes/digitalsourcetype: every pixel comes out of the model, with a reference too
@@ -119,7 +120,7 @@ class Manifest(_Part):
 
 @dataclass(frozen=True)
 class Origin:
-    """The run that a file comes from. `reference` and `mask` hold the bytes of these images, if there were any."""
+    """The run that a file comes from. `files` holds the bytes of its references by their kinds, and of a "mask"."""
 
     job_id: str
     attempt: int
@@ -129,8 +130,7 @@ class Origin:
     model_name: str
     device: str
     fingerprint: Fingerprint
-    reference: bytes | None = None
-    mask: bytes | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,10 @@ def describe(origin: Origin, generation: Generation, index: int, media_type: str
     """The manifest of one file of a generation. The first call in a process takes a while: off the event loop."""
     settings, params = generation.settings, origin.params
     asked = params.model_dump(mode="json", exclude={"prompt", "negative_prompt", "previews"})
-    if params.reference is not None:
-        # where it is stored names the user; what it shows is what matters
-        digest = None if origin.reference is None else hashlib.sha256(origin.reference).hexdigest()
-        asked["reference"] = {"sha256": digest} | params.reference.model_dump(include={"strength", "kind"})
-        if params.reference.mask is not None:
-            asked["reference"]["mask_sha256"] = None if origin.mask is None else hashlib.sha256(origin.mask).hexdigest()
+    if params.compel_weights is not None and params.compel_weights.terms:
+        # words of the prompt, of which a manifest has no more than a hash
+        asked["compel_weights"]["terms"] = _text_hash(repr(params.compel_weights.terms))
+    asked["references"] = {one.kind: _reference(one, origin.files) for one in params.references}
     beyond = {name: value for name, value in settings.items() if name not in asked or asked[name] != value}
     print_of = origin.fingerprint
     return Manifest(
@@ -220,6 +218,16 @@ def _flat(manifest: Manifest) -> dict[str, Any]:
 
     walk("", manifest.model_dump(mode="json"))
     return flat
+
+
+def _reference(reference: Reference, files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Where it is stored names the user; what it shows is what matters."""
+    told = {"sha256": _hash(files.get(reference.kind))} | reference.model_dump(include={"strength", "asked_as"})
+    return told if reference.mask is None else told | {"mask_sha256": _hash(files.get("mask"))}
+
+
+def _hash(data: bytes | None) -> str | None:
+    return None if data is None else hashlib.sha256(data).hexdigest()
 
 
 def _text_hash(text: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
-from models.costs import Costs, shape_of
+from models.costs import Costs, Shape, shape_of
 from models.denoiser import Call, run_together
 from models.generation import Control, OutOfMemory, as_generation_error, release_device_memory
 from models.lanes import LaneName
@@ -40,18 +40,14 @@ def measured(model: PipelineModel, folder: Path | None) -> Costs:
     model.generate(request, sample)
     shape = shape_of(request.params)
     costs.decoded(shape, 1, sample.pixels_seconds)
-    costs.bytes_per_row_pixel = _forward_bytes(sample.call, model.device, shape.volume)
-
-    def forward(rows: int) -> float:
-        return _seconds(sample.call, rows, model.device)
-
-    try:
-        costs.measure(shape, forward, BUDGET_SECONDS)
-    except Exception as error:  # the rows that had room have been measured
-        failure = as_generation_error(error)
-        if not isinstance(failure, OutOfMemory) or shape not in costs.measured:
-            raise
-        release_device_memory()
+    costs.bytes_per_row_pixel = _forward_bytes(sample.calls[""], model.device, shape.volume)
+    _measure(costs, shape, sample.calls[""], model.device)
+    for steered in model.steered_samples():
+        sample = _Sample()
+        model.generate(steered, sample)
+        for part, call in sample.calls.items():
+            shape_of_part = shape_of(steered.params)
+            _measure(costs, shape_of_part._replace(part=part) if part else shape_of_part, call, model.device)
     log.info("costs_measured", model=model.model_name, cap=costs.cap(shape))
     if path is not None:
         costs.save(path, identity)
@@ -71,6 +67,7 @@ def identity_of(model: PipelineModel) -> dict[str, Any]:
         "dtype": model.spec.dtype,
         "attention": model.spec.attention,
         "offload": model.spec.offload,
+        "guides": {name: guide.model_dump(mode="json") for name, guide in model.spec.guides.items()},
         "libraries": dict(library_versions()),
     }
 
@@ -86,16 +83,25 @@ def room_bytes(device: str) -> int | None:
     return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
 
 
-class _Sample(Control):
-    """Keeps the first denoiser call of a generation, and the time that its decoding took."""
+def _measure(costs: Costs, shape: Shape, call: Call, device: str) -> None:
+    try:
+        costs.measure(shape, lambda rows: _seconds(call, rows, device), BUDGET_SECONDS)
+    except Exception as error:  # the rows that had room have been measured
+        failure = as_generation_error(error)
+        if not isinstance(failure, OutOfMemory) or shape not in costs.measured:
+            raise
+        release_device_memory()
 
-    call: Call
+
+class _Sample(Control):
+    """Keeps one call of each part of a generation's step, and the time that its decoding took."""
 
     def __init__(self) -> None:
         self.pixels_seconds = 0.0
+        self.calls: dict[str, Call] = {}
 
     def forward(self, call: Call) -> Any:
-        self.call = call
+        self.calls[call.part] = call
         return call.run()
 
     def aside(self, work: Callable[[], T], lane: LaneName = "pixels") -> T:

@@ -22,15 +22,21 @@ if TYPE_CHECKING:
 
 GenerationMode = Literal["txt2img", "i2i"]
 
+# Presets say no more than this of a picture that is made from another one, or they work against the change.
+I2I_TERMS = 3
+
 
 @dataclass(frozen=True)
 class NegativePreset:
-    """Terms to keep out of a picture. None for family, content or generation mode fits every value."""
+    """Terms to keep out of a picture. None for family, content or generation mode fits every value.
+
+    `family` may name what no family here is, such as an outside provider's model: then it is for that alone.
+    """
 
     name: str
     terms: tuple[str, ...]
     priority: int
-    family: Family | None = None
+    family: str | None = None
     content_mode: ContentMode | None = None
     generation_mode: GenerationMode | None = None
     triggers: tuple[str, ...] = ()
@@ -48,7 +54,7 @@ def builtin_negatives() -> tuple[NegativePreset, ...]:
             name=entry["name"],
             terms=tuple(entry["terms"]),
             priority=entry["priority"],
-            family=Family(entry["family"]) if entry["family"] else None,
+            family=entry["family"],
             content_mode=entry.get("content_mode"),
             generation_mode=entry.get("generation_mode"),
             triggers=tuple(entry.get("triggers", ())),
@@ -61,7 +67,7 @@ def builtin_negatives() -> tuple[NegativePreset, ...]:
 
 
 def negative_prompt(
-    family: Family,
+    family: Family | str,
     prompt: str,
     own: str,
     content_mode: ContentMode,
@@ -73,9 +79,10 @@ def negative_prompt(
 ) -> str:
     """The presets that apply, highest priority first, then the caller's own negative prompt, joined by commas.
 
-    A term is said once, and a term that the prompt asks for is left out (unless its preset is required). With
-    a `counter` and a `limit`, preset terms go, from the lowest priority up, until all fits: so the
-    caller's own words and required terms are never what the model's window cuts off because of a preset.
+    A term is said once, and a term that the prompt asks for is left out (unless its preset is required). From image to
+    image, presets say at most three terms beside the required ones, those of the highest priority. With a `counter` and
+    a `limit`, preset terms go, from the lowest priority up, until all fits: so the caller's own words and required
+    terms are never what the model's window cuts off because of a preset.
     """
     terms: list[tuple[str, bool]] = []
     known: set[str] = {term.strip().casefold() for term in own.split(",")}
@@ -87,6 +94,9 @@ def negative_prompt(
             if term.casefold() not in known and not wanted:
                 known.add(term.casefold())
                 terms.append((term, preset.required))
+    if generation_mode == "i2i":
+        first = [index for index, (_, required) in enumerate(terms) if not required][:I2I_TERMS]
+        terms = [entry for index, entry in enumerate(terms) if entry[1] or index in first]
     own = own.strip().strip(",").strip()
     while True:
         text = ", ".join([*(term for term, _ in terms), *([own] if own else [])])
@@ -97,7 +107,11 @@ def negative_prompt(
 
 
 def _applies(
-    preset: NegativePreset, family: Family, prompt: str, content_mode: ContentMode, generation_mode: GenerationMode
+    preset: NegativePreset,
+    family: Family | str,
+    prompt: str,
+    content_mode: ContentMode,
+    generation_mode: GenerationMode,
 ) -> bool:
     return (
         preset.family in (None, family)

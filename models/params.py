@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from models.catalog import (
     FAMILIES,
@@ -23,20 +23,24 @@ from models.catalog import (
     Format,
     JobType,
 )
+from models.emphasis import CompelWeights
 from models.fields import MAX_PROMPT_CHARACTERS as MAX_PROMPT_CHARACTERS
 from models.fields import FieldError as FieldError
 from models.fields import InvalidParams as InvalidParams
 from models.fields import clean_prompt as clean_prompt
-from models.fields import cleaned
+from models.fields import cleaned, field_error
 from models.loras import LoraUse, lora_errors
+from models.reference import FRAMES, WithDistinctReferences, WithReferences
+from models.reference import Methods as Methods
 from models.reference import Reference as Reference
+from models.steering import FAMILY_METHODS, check_references, steps_beside
 
 MAX_SEED = 2**63 - 1
 
 ContentMode = Literal["sfw", "nsfw"]
 
 
-class GivenParams(BaseModel):
+class GivenParams(WithReferences):
     """What the caller gave, by canonical name; None means "not said". Making one raises `InvalidParams`.
 
     Types are strict (no numbers in strings, no booleans as numbers); ranges are `resolve_params`' business.
@@ -57,8 +61,8 @@ class GivenParams(BaseModel):
     guidance_interval: tuple[float, float] | None = None
     scheduler: str | None = None
     shift: float | None = None
-    reference: Reference | None = None
     compel_enabled: bool | None = None
+    compel_weights: CompelWeights | None = None
     content_mode: ContentMode | None = None
     previews: bool | None = None
     reproducible: bool | None = None
@@ -70,10 +74,10 @@ class GivenParams(BaseModel):
         try:
             return handler(value)
         except ValidationError as error:
-            raise InvalidParams([_field_error(dict(detail)) for detail in error.errors()]) from None
+            raise InvalidParams([field_error(dict(detail)) for detail in error.errors()]) from None
 
 
-class GenerationParams(BaseModel):
+class GenerationParams(WithDistinctReferences):
     """Everything a pipeline needs to know, complete and checked; what a job's row keeps.
 
     Sizes in pixels, `frames` 1 for images, `fps` None for images, `shift` None where the family has none.
@@ -97,8 +101,8 @@ class GenerationParams(BaseModel):
     guidance_interval: tuple[float, float] | None = None
     scheduler: str
     shift: float | None = Field(default=None, gt=0, le=MAX_SHIFT, allow_inf_nan=False)
-    reference: Reference | None = None
     compel_enabled: bool = False
+    compel_weights: CompelWeights | None = None
     content_mode: ContentMode = "sfw"
     previews: bool = False
     reproducible: bool = False
@@ -124,15 +128,22 @@ class Resolved:
 
 
 def resolve_params(
-    job_type: JobType, given: GivenParams, defaults: FamilyDefaults, loras: Collection[str] = ()
+    job_type: JobType,
+    given: GivenParams,
+    defaults: FamilyDefaults,
+    loras: Collection[str] = (),
+    methods: Methods | None = None,
 ) -> Resolved:
-    """Fills defaults, checks every range and returns what will be run. `loras` are the names that the model has.
+    """Fills defaults, checks every range and returns what will be run.
+
+    `loras` are the names that the model has, `methods` the references that it takes (`ModelSpec.reference_methods`);
+    None for those that any model of the family takes.
 
     Raises `InvalidParams` with all errors found. Video lengths go to the nearest 4n+1 (a tie goes down, so
     83 gives 81), before the range is checked; that is the only value that is changed, but for the steps
     of a reference so strong that no step would be left to run.
     """
-    return _Resolution(job_type, given, defaults, loras).run()
+    return _Resolution(job_type, given, defaults, loras, methods).run()
 
 
 def nearest_length(frames: int) -> int:
@@ -144,12 +155,22 @@ def nearest_length(frames: int) -> int:
 class _Resolution:
     """One pass over the fields, collecting errors and adjustments."""
 
-    def __init__(self, job_type: JobType, given: GivenParams, defaults: FamilyDefaults, loras: Collection[str]) -> None:
+    def __init__(
+        self,
+        job_type: JobType,
+        given: GivenParams,
+        defaults: FamilyDefaults,
+        loras: Collection[str],
+        methods: Methods | None,
+    ) -> None:
         self.job_type = job_type
         self.given = given
         self.defaults = defaults
         self.loras = loras
-        self.errors: list[FieldError] = []
+        is_video = job_type.format is not Format.IMAGE
+        if methods is None:
+            methods = FAMILY_METHODS if FAMILIES[job_type.family].takes_reference else {}
+        self.references, self.errors = check_references(given.references, methods, job_type.name, is_video=is_video)
         self.adjustments: list[Adjustment] = []
 
     def run(self) -> Resolved:
@@ -172,8 +193,9 @@ class _Resolution:
             "guidance_interval": self._guidance_interval(guidance),
             "scheduler": self._scheduler(),
             "shift": self._shift(),
-            "reference": given.reference,
+            "references": self.references,
             "compel_enabled": self._compel(),
+            "compel_weights": given.compel_weights,
             "content_mode": given.content_mode or "sfw",
             "previews": bool(given.previews),
             "reproducible": bool(given.reproducible),
@@ -208,7 +230,7 @@ class _Resolution:
         errors_before = len(self.errors)
         prompt = self._text("prompt", self.given.prompt or "")
         # A generation from a reference may go without words (an exact copy has none).
-        if not prompt and len(self.errors) == errors_before and self.given.reference is None:
+        if not prompt and len(self.errors) == errors_before and not self.references:
             self._error("prompt", "missing", "is required")
         return prompt
 
@@ -275,17 +297,12 @@ class _Resolution:
         return frames, fps
 
     def _steps_with_reference(self, steps: int) -> int:
-        reference = self.given.reference
-        if reference is None:
+        place = next((place for place, one in enumerate(self.references) if one.kind == "image"), None)
+        if place is None:
             return steps
-        if not FAMILIES[self.job_type.family].takes_reference:
-            self._error("reference", "unsupported", f"{self.job_type.name} can't start from an image")
-            return steps
-        # diffusers runs int(steps * noise) steps of an image-to-image generation and refuses to run none.
-        noise = round(1 - reference.strength, 6)
-        needed = next((n for n in range(steps, MAX_STEPS + 1) if int(n * noise) >= 1), None)
+        needed = steps_beside(self.references[place], steps, MAX_STEPS)
         if needed is None:
-            self._error("reference.strength", "range", "leaves nothing to generate; 0.99 is the most")
+            self._error(f"references.{place}.strength", "range", "leaves nothing to generate; 0.99 is the most")
             return steps
         if needed != steps:
             reason = "the fewest steps of which one is left to run at this reference strength"
@@ -311,23 +328,14 @@ class _Resolution:
     def _loras(self) -> tuple[LoraUse, ...]:
         uses = self.given.loras or ()
         self.errors += lora_errors(uses, self.loras, self.job_type.name)
+        if uses and any(one.kind in FRAMES for one in self.references):
+            self._error("loras", "conflict", "are for the text-to-video checkpoint; frames run another one")
         return uses
 
     def _compel(self) -> bool:
         wanted = bool(self.given.compel_enabled)
         if wanted and not FAMILIES[self.job_type.family].takes_compel:
             self._error("compel_enabled", "unsupported", f"{self.job_type.name} knows no prompt weights")
+        if self.given.compel_weights is not None and not wanted:
+            self._error("compel_weights", "conflict", "needs compel_enabled")
         return wanted
-
-
-def _field_error(detail: dict[str, Any]) -> FieldError:
-    """A pydantic error detail as ours; its message is kept, its input is not."""
-    field = ".".join(str(part) for part in detail["loc"]) or "body"
-    kind: str = detail["type"]
-    if kind == "extra_forbidden":
-        return FieldError(field, "is not a parameter", "unknown")
-    message: str = detail["msg"]
-    code = {"missing": "missing", "literal_error": "choice", "string_too_short": "length"}.get(kind)
-    if code is None:
-        code = "range" if kind in ("greater_than_equal", "less_than_equal", "finite_number") else "type"
-    return FieldError(field, message, code)

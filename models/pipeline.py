@@ -130,6 +130,10 @@ class PipelineModel(ABC):
         )
         return GenerationRequest("warm-up", params)
 
+    def steered_samples(self) -> list[GenerationRequest]:
+        """The sample with each reference that changes what a step is made of."""
+        return []
+
     def generate(self, request: GenerationRequest, control: Control) -> Generation:
         """Runs one request to its pictures. Raises `InvalidInput` before any work where it can't be run."""
         import torch
@@ -147,20 +151,22 @@ class PipelineModel(ABC):
                 cached = self.spec.acceleration.step_cache is not None
                 if (request.states is not None or request.resume is not None) and not cached:
                     model = [*self._identity(), lease.adapters]
-                    files = (request.reference, request.mask)
-                    watch.identity = identity_of(request.params, files, request.batch_size, model)
+                    watch.identity = identity_of(request.params, request.files, request.batch_size, model)
                     watch.read_state(request.resume)
                 generation = self._generate(request, watch)
                 generation.settings["loras"] = lease.settings
                 return generation
         finally:
             self._active -= 1
-            for name in DENOISERS:
-                module = getattr(self._pipeline, name, None)
+            for module in (getattr(pipeline, name, None) for pipeline in self._pipelines() for name in DENOISERS):
                 if module is not None and getattr(module, "is_cache_enabled", False):
                     forget_context(module, watch.name)
             if self.spec.offload != "none" and self._active == 0:
                 self._pipeline.maybe_free_model_hooks()
+
+    def _pipelines(self) -> list[Any]:
+        """All that have denoisers of their own."""
+        return [self._pipeline]
 
     def _make_adapters(self, pipeline: Any) -> Adapters:
         # compiled code would be compiled anew for each new mixture
@@ -173,9 +179,10 @@ class PipelineModel(ABC):
     def _lease(self, params: GenerationParams, watch: Stopwatch) -> Lease:
         assert self.adapters is not None  # made by load()
         adapters = self.adapters
+        fetched = {}
         if params.loras:  # files are read aside; what changes modules must happen between forwards, so on this thread
-            watch.aside(lambda: adapters.fetch(params.loras), "files")
-        return adapters.acquire(params.loras)
+            fetched = watch.aside(lambda: adapters.fetch(params.loras), "files")
+        return adapters.acquire(params.loras, fetched)
 
     @abstractmethod
     def _load_pipeline(self, dtype: Any) -> Any:
@@ -197,7 +204,8 @@ class PipelineModel(ABC):
             if module is not None:
                 mixes = self.adapters is None or self.adapters.mixes
                 alone = request.params.reproducible
-                parts[name] = StandIn(module, watch, watch.name, alone=alone, adapters=watch.adapters, mixes=mixes)
+                own_parts: dict[str, Any] = {"alone": alone, "adapters": watch.adapters, "mixes": mixes}
+                parts[name] = StandIn(module, watch, watch.name, **own_parts, prompts=watch.prompts)
         parts["vae"] = AsideStandIn(pipeline.vae, watch, ("encode", "decode"))
         for name, method in (("image_processor", "postprocess"), ("video_processor", "postprocess_video")):
             if name in parts:
@@ -217,7 +225,8 @@ class PipelineModel(ABC):
         spec = self.spec
         acceleration = spec.acceleration.model_dump(mode="json")
         versions = dict(library_versions())
-        return [self.model_name, self.revision, spec.source, spec.dtype, self.device, acceleration, versions]
+        guides = {name: guide.model_dump(mode="json") for name, guide in spec.guides.items()}
+        return [self.model_name, self.revision, spec.source, spec.dtype, self.device, acceleration, versions, guides]
 
     def forward_rows(self, request: GenerationRequest) -> int:
         """All images of a batch, and each once more where guidance compares with a second branch."""

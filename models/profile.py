@@ -6,7 +6,6 @@ A profile is a YAML file, by name from `configs/profiles/` or by path. Reading o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,18 +16,25 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.acceleration import Acceleration
-from models.catalog import Family, FamilyDefaults, default_for
+from models.catalog import FAMILIES, Family, FamilyDefaults, default_for
+from models.guides import ControlNet, ImageToVideo, IpAdapter
 from models.loras import LoraName, LoraSource
+from models.reference import Method, Methods, ReferenceKind
+from models.steering import FAMILY_METHODS
+from models.weights import guide_present, located
 
 TINY = "tiny"
 _MEDIA_FAMILIES = (Family.SDXL, Family.WAN, Family.RV51)
 
 _ENGINE_FIELDS = ("slots", "state_steps", "hosted_by")
+_GUIDES = ("ip_adapter", "controlnet", "image_to_video")
 _LORA_FIELDS = ("loras", "lora_cache_gib", "mix_loras")
 
 # Fields that a family's loader has no use for; a profile that sets one is refused, not half obeyed.
 _NOT_OF = {
-    Family.WAN: {"single_file", "vae"},
+    Family.SDXL: {"image_to_video"},
+    Family.RV51: {"image_to_video", "ip_adapter", "controlnet"},
+    Family.WAN: {"single_file", "vae", "ip_adapter", "controlnet"},
     Family.QWEN: {
         "single_file",
         "vae",
@@ -39,6 +45,7 @@ _NOT_OF = {
         "attention",
         *_LORA_FIELDS,
         *_ENGINE_FIELDS,
+        *_GUIDES,
     },
 }
 
@@ -60,7 +67,8 @@ class ModelSpec(BaseModel):
     loaded ones, and without it there are none; with `mix_loras`, requests with different ones share a forward. A
     replica runs up to `slots` jobs at a time; every `state_steps` steps a job's state is
     stored, 0 for never. A model that is `hosted_by` another family has no replicas of its own but shares the engine
-    of that one's, step by step.
+    of that one's, step by step. `ip_adapter`, `controlnet` and `image_to_video` let references steer it; their weights
+    are a part of `memory_gib` and `disk_gib`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -92,6 +100,9 @@ class ModelSpec(BaseModel):
     loras: Mapping[LoraName, LoraSource] = Field(default={})
     lora_cache_gib: float = Field(default=0, ge=0)
     mix_loras: bool = True
+    ip_adapter: IpAdapter | None = None
+    controlnet: ControlNet | None = None
+    image_to_video: ImageToVideo | None = None
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
@@ -117,11 +128,43 @@ class ModelSpec(BaseModel):
             raise ValueError(f"{self.family}: loras: {unfit}")
         if self.device == "cuda" and self.lora_cache_gib >= self.memory_gib:
             raise ValueError(f"{self.family}: lora_cache_gib is a part of memory_gib")
+        if unfit := self._unfit_guides():
+            raise ValueError(f"{self.family}: {unfit}")
         if self.source == TINY and (self.single_file or self.vae or self.variant or self.revision):
             raise ValueError(f"{self.family}: tiny weights have no revision, variant, single_file or vae")
         if refused := self.acceleration.refusals(self.family, self.device, self.dtype, self.offload):
             raise ValueError(f"{self.family}: acceleration: {'; '.join(refused)}")
         return self
+
+    @property
+    def reference_methods(self) -> Methods:
+        """How it runs each kind of reference that it takes."""
+        facts = FAMILIES.get(self.family)
+        methods: dict[ReferenceKind, Method] = {}
+        if facts is not None and facts.takes_reference:
+            methods |= FAMILY_METHODS
+        if self.ip_adapter is not None:
+            methods |= dict.fromkeys(self.ip_adapter.files, "ip_adapter")
+        if self.controlnet is not None:
+            methods["composition"] = "controlnet"
+        if self.image_to_video is not None:
+            methods |= self.image_to_video.methods
+        return methods
+
+    @property
+    def guides(self) -> dict[str, IpAdapter | ControlNet | ImageToVideo]:
+        """The weights beside the checkpoint, by the name of their field."""
+        named = {name: getattr(self, name) for name in _GUIDES}
+        return {name: guide for name, guide in named.items() if guide is not None}
+
+    def _unfit_guides(self) -> str | None:
+        if any((guide.source == TINY) is not (self.source == TINY) for guide in self.guides.values()):
+            return "tiny weights and real ones do not go together"
+        if self.ip_adapter is not None and self.acceleration.fuse_qkv:
+            return "ip_adapter: fuse_qkv replaces the attention that the adapters are a part of"
+        if self.image_to_video is not None and self.offload != "none":
+            return "image_to_video: with offload, the parts that both checkpoints share would be moved by both"
+        return None
 
 
 class Profile(BaseModel):
@@ -213,68 +256,16 @@ def weights_present(spec: ModelSpec) -> str | None:
     """
     if spec.source == TINY:
         return TINY
-    if spec.vae is not None and _present(spec.vae, None, None, None) is None:
+    if spec.vae is not None and located(spec.vae) is None:
         return None
-    return _present(spec.source, spec.revision, spec.variant, spec.single_file)
-
-
-def _present(source: str, revision: str | None, variant: str | None, single_file: str | None) -> str | None:
-    local = Path(source).expanduser()
-    if single_file is not None:
-        if (local / single_file).is_file():
-            return str(local / single_file)
-        return _cached(source, single_file, revision)
-    if local.is_file():
-        return str(local)
-    if local.is_dir():
-        return str(local) if _complete(local, variant) else None
-    for index in ("model_index.json", "config.json"):
-        found = _cached(source, index, revision)
-        if found is not None and _complete(Path(found).parent, variant):
-            return str(Path(found).parent)
-    return None
+    if any(not guide_present(guide) for guide in spec.guides.values()):
+        return None
+    return located(spec.source, spec.revision, spec.variant, spec.single_file)
 
 
 def _local_path(spec: ModelSpec) -> Path | None:
     path = Path(spec.source).expanduser()
     return path if path.exists() else None
-
-
-def _cached(repository: str, filename: str, revision: str | None) -> str | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(repository, filename, revision=revision)
-    except HFValidationError:  # a path that does not exist here, such as ~/models/x
-        return None
-    return found if isinstance(found, str) and Path(found).exists() else None
-
-
-# Parts of a pipeline that are configuration only.
-_WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "ImageProcessor", "FeatureExtractor")
-
-
-def _complete(folder: Path, variant: str | None) -> bool:
-    """Whether every part that has weights has them, shards included."""
-    index = folder / "model_index.json"
-    parts = [folder]
-    if index.is_file():
-        entries = json.loads(index.read_text(encoding="utf-8"))
-        parts = [
-            folder / name
-            for name, entry in entries.items()
-            if isinstance(entry, list) and entry[1] is not None and not str(entry[1]).endswith(_WITHOUT_WEIGHTS)
-        ]
-    return all(_has_weights(part, variant) for part in parts)
-
-
-def _has_weights(part: Path, variant: str | None) -> bool:
-    infix = f".{variant}" if variant else ""
-    for shards in part.glob(f"*.safetensors.index{infix}.json"):
-        names = set(json.loads(shards.read_text(encoding="utf-8"))["weight_map"].values())
-        return all((part / name).exists() for name in names)
-    return any((part / f"{stem}{infix}.safetensors").exists() for stem in ("diffusion_pytorch_model", "model"))
 
 
 @dataclass(frozen=True)

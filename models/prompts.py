@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ import yaml
 
 from models.catalog import Family, Format, Quality
 from models.params import ContentMode
+
+# Tokens with start and end. CLIP's positions; what our WAN pipeline is given as the length of UMT5's input.
+WINDOWS = {Family.SDXL: 77, Family.RV51: 77, Family.WAN: 512}
 
 
 class NoTemplate(LookupError):
@@ -84,45 +87,6 @@ def builtin_templates() -> tuple[Template, ...]:
     )
 
 
-def select_template(
-    templates: Iterable[Template],
-    family: Family,
-    format: Format,
-    quality: Quality,
-    enhanced7b: bool,
-    content_mode: ContentMode,
-) -> tuple[Template, str | None]:
-    """The enhancement template that fits best, and what does not fit about it (None: it fits).
-
-    The second value names the fields that differ, e.g. "quality" or "content_mode,quality". RV51 reads the
-    prompts that SDXL reads, so its templates stand in without that being a misfit. Raises `NoTemplate`.
-    """
-    readers = (Family.SDXL, Family.RV51) if family is Family.RV51 else (family,)
-    ranked: list[tuple[tuple[int, ...], str, Template]] = []
-    for template in templates:
-        unsafe = content_mode == "sfw" and template.content_mode == "nsfw"
-        if template.use_case != "enhancement" or template.job_type is not format or unsafe:
-            continue
-        if template.target_model not in readers:
-            continue
-        misfits = [
-            field
-            for field, differs in (
-                ("content_mode", template.content_mode != content_mode),
-                ("enhanced7b", template.enhanced7b not in (None, enhanced7b)),
-                ("quality", template.quality not in (None, quality)),
-            )
-            if differs
-        ]
-        general = (template.target_model is not family) + (template.quality is None) + (template.enhanced7b is None)
-        rank = ("content_mode" in misfits, "enhanced7b" in misfits, len(misfits), general)
-        ranked.append((rank, ",".join(misfits), template))
-    if not ranked:
-        raise NoTemplate(f"no enhancement template for {family} {format} in {content_mode} mode")
-    _, misfit, best = min(ranked, key=lambda entry: entry[0])
-    return best, misfit or None
-
-
 # --- token counts and shortening ------------------------------------------------------------------------
 
 
@@ -139,9 +103,35 @@ class TokenCounter:
 
         return cls(AutoTokenizer.from_pretrained(str(path), subfolder=subfolder))
 
+    @cached_property
+    def specials(self) -> int:
+        """How many tokens of its window the model takes for start and end."""
+        return int(self._tokenizer.num_special_tokens_to_add(pair=False))
+
     def count(self, text: str) -> int:
         encoded = self._tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)
         return len(encoded["input_ids"])
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a prompt may be, in content tokens. `window` counts the reader's special tokens too."""
+
+    limit: int
+    window: int
+    specials: int
+    windows: int
+    clamped: bool
+
+
+def budget(template: Template, counter: TokenCounter, windows: int = 1) -> Budget:
+    """The template's limit, or the room of that many windows of the model that reads the prompt, if that is less.
+
+    `clamped` says that the template asks for more than the model reads.
+    """
+    window = WINDOWS[template.target_model]
+    room = windows * (window - counter.specials)
+    return Budget(min(template.token_limit, room), window, counter.specials, windows, room < template.token_limit)
 
 
 def fit(text: str, counter: TokenCounter, limit: int) -> tuple[str, bool]:

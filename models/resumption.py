@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,10 +158,10 @@ class Resumption:
         return DenoisingState(self._identity, self._batch, self._done, _copy(latents), kept, states)
 
 
-def identity_of(params: GenerationParams, files: Sequence[bytes | None], batch_size: int | None, model: Any) -> str:
-    """A hash of what must be the same: the request with its files, and the model with its versions, as `model` tells
-    them."""
-    digests = [hashlib.sha256(data).hexdigest() if data else None for data in files]
+def identity_of(params: GenerationParams, files: Mapping[str, bytes], batch_size: int | None, model: Any) -> str:
+    """A hash of what must be the same: the request with its files by their names, and the model with its versions, as
+    `model` tells them."""
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     document = [params.model_dump(mode="json", exclude={"previews"}), digests, batch_size, model]
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from greenlet import greenlet
 
-from models.costs import Costs, rows_of, shape_of
+from models.costs import Costs, Shape, shape_of, step_seconds
 from models.denoiser import Call
 from models.generation import (
     Cancelled,
@@ -89,8 +89,13 @@ class Run(Control):
         )
 
     def _step_seconds(self) -> float:
-        params = self.ticket.request.params
-        return self.costs.seconds(shape_of(params), rows_of(params)) or 0.0
+        return step_seconds(self.costs, self.ticket.request.params) or 0.0
+
+    @property
+    def shape(self) -> Shape:
+        """What the parked call costs as."""
+        shape = shape_of(self.ticket.request.params)
+        return shape._replace(part=self.call.part) if self.call is not None and self.call.part else shape
 
     def step(self, done: int, of: int) -> None:
         self._report(step=done, of=of)

@@ -1,4 +1,4 @@
-"""SDXL: images from text, from text and a reference image, or into the masked part of one, in batches of up to six.
+"""SDXL: images from text and references, or into the masked part of one, in batches of up to six.
 
 A request runs through the stock pipelines of diffusers, so its pixels are those of the stock pipeline with the
 same parameters: bitwise when it runs alone, but for rounding when it shares forwards with others. Image i of a request
@@ -8,8 +8,6 @@ at most, since kernels add up in another order for another batch size.
 
 from __future__ import annotations
 
-import io
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +16,14 @@ import structlog
 
 from models.denoiser import AsideStandIn
 from models.embeddings import Encoded
+from models.emphasis import emphasise
 from models.generation import Generation, GenerationFailed, GenerationRequest, InvalidInput
 from models.lora_rows import AdapterSet
-from models.masks import fit_mask, open_mask
-from models.media import open_reference
 from models.params import GenerationParams
 from models.pipeline import PipelineModel, generators, seeds_from
 from models.profile import ModelSpec
-from models.reference import MIN_STRENGTH, Reference, StoredImage
+from models.sample_pictures import sample_mask, with_sample
+from models.sdxl_references import References
 from models.stopwatch import Stopwatch
 from models.weighting import Weighting, WeightingFailed
 
@@ -34,8 +32,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-MAX_REFERENCE_BYTES = 32 * 1024 * 1024
-MAX_REFERENCE_PIXELS = 50_000_000
 SMALLER_BATCH = "oom: an earlier run had no room for a larger batch"
 
 SCHEDULERS = {
@@ -56,25 +52,13 @@ class SDXL(PipelineModel):
 
     def __init__(self, spec: ModelSpec, weights: Path | str) -> None:
         super().__init__(spec, weights)
-        self._image_to_image: Any = None
-        self._inpaint: Any = None
+        self._references = References(spec, weights)
         self._weighting: Weighting | None = None
 
     def load(self) -> None:
-        from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline
-
         super().load()
-        pipeline = self._pipeline
-        zeros = pipeline.config.force_zeros_for_empty_prompt
-
-        def sibling(kind: Any) -> Any:
-            made = kind(**pipeline.components, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
-            made.set_progress_bar_config(disable=True)
-            return made
-
-        self._image_to_image = sibling(StableDiffusionXLImg2ImgPipeline)
-        self._inpaint = sibling(StableDiffusionXLInpaintPipeline)
-        self._weighting = Weighting(pipeline)
+        self._references.complete(self._pipeline, self.device)
+        self._weighting = Weighting(self._pipeline)
 
     @property
     def repaints_only(self) -> bool:
@@ -84,15 +68,12 @@ class SDXL(PipelineModel):
 
     def sample_request(self, frames: int | None = None) -> GenerationRequest:
         request = super().sample_request(frames)
-        if not self.repaints_only:
-            return request
-        from PIL import Image
+        return sample_mask(request) if self.repaints_only else request
 
-        buffer = io.BytesIO()
-        Image.new("RGB", (8, 8), "white").save(buffer, format="PNG")
-        reference = Reference(bucket="-", key="-", strength=MIN_STRENGTH, mask=StoredImage(bucket="-", key="-"))
-        params = request.params.model_copy(update={"steps": 2, "reference": reference})  # one of which is run
-        return replace(request, params=params, reference=buffer.getvalue(), mask=buffer.getvalue())
+    def steered_samples(self) -> list[GenerationRequest]:
+        if self.spec.controlnet is None or self.repaints_only:
+            return []
+        return [with_sample(self.sample_request(), "composition")]
 
     def _load_pipeline(self, dtype: Any) -> Any:
         from diffusers import AutoencoderKL, StableDiffusionXLPipeline
@@ -103,10 +84,13 @@ class SDXL(PipelineModel):
             options["vae"] = AutoencoderKL.from_pretrained(self.spec.vae, dtype=dtype)
         file = self._checkpoint_file()
         if file is not None:
-            return StableDiffusionXLPipeline.from_single_file(str(file), **options)
-        return StableDiffusionXLPipeline.from_pretrained(
-            str(self.weights), revision=self.spec.revision, variant=self.spec.variant, **options
-        )
+            pipeline = StableDiffusionXLPipeline.from_single_file(str(file), **options)
+        else:
+            pipeline = StableDiffusionXLPipeline.from_pretrained(
+                str(self.weights), revision=self.spec.revision, variant=self.spec.variant, **options
+            )
+        self._references.load_into(pipeline, dtype)
+        return pipeline
 
     def _checkpoint_file(self) -> Path | None:
         """The one file that holds everything, fetched if need be; None for a checkpoint in folders."""
@@ -122,7 +106,8 @@ class SDXL(PipelineModel):
         params = request.params
         if params.frames != 1:
             raise InvalidInput("SDXL makes images, not video")
-        pipeline = self._pipeline_for(request)
+        self._references.check(request, repaints_only=self.repaints_only)
+        pipeline = self._references.pipeline_for(request)
         own = self._own(pipeline, self._scheduler(params), request, watch)
         seeds = seeds_from(params.seed or 0, params.num_images)
         size = min(request.batch_size or params.num_images, params.num_images)
@@ -139,10 +124,9 @@ class SDXL(PipelineModel):
         }
 
         watch.phase("encode")
-        if request.reference is None:
-            arguments |= {"width": params.width, "height": params.height}
-        else:
-            arguments |= watch.aside(lambda: self._start_from(request, settings))
+        fitted = watch.aside(lambda: self._references.fit(request))
+        arguments |= fitted.arguments
+        settings["references"] = fitted.facts
         encoded = watch.aside(lambda: self._encode(own, params, watch.adapters), "text")
         arguments |= encoded.arguments
         settings |= encoded.facts
@@ -150,6 +134,7 @@ class SDXL(PipelineModel):
         pictures: list[Image] = []
         batches = [seeds[first : first + size] for first in range(0, len(seeds), size)]
         for number, batch in enumerate(batches):
+            watch.prompts = watch.aside(partial(self._references.prompts, fitted, params, len(batch)), "text")
             own = self._own(pipeline, self._scheduler(params), request, watch)
             watch.batch(number, len(batches))
             chances = generators(batch)
@@ -167,21 +152,10 @@ class SDXL(PipelineModel):
             timings_ms=watch.stop(),
         )
 
-    def _pipeline_for(self, request: GenerationRequest) -> Any:
-        reference = request.params.reference
-        if (reference is None) is not (request.reference is None):
-            raise InvalidInput("a reference needs both its parameters and its bytes")
-        if (reference is None or reference.mask is None) is not (request.mask is None):
-            raise InvalidInput("a mask needs both its parameters and its bytes")
-        if request.mask is not None:
-            return self._inpaint
-        if self.repaints_only:
-            raise InvalidInput("this checkpoint only repaints: it needs a reference image and a mask")
-        return self._pipeline if reference is None else self._image_to_image
-
     def _own(self, pipeline: Any, scheduler: Any, request: GenerationRequest, watch: Stopwatch) -> Any:
         own = super()._own(pipeline, scheduler, request, watch)
-        for name in ("image_processor", "mask_processor"):
+        self._references.stand_in(own, request.params, watch)
+        for name in ("image_processor", "mask_processor", "control_image_processor"):
             if name in own.__dict__:
                 own.__dict__[name] = AsideStandIn(own.__dict__[name], watch, ("preprocess",))
         return own
@@ -199,7 +173,7 @@ class SDXL(PipelineModel):
         guided = params.guidance_scale > 1
         # None lets the pipeline use what the checkpoint was trained with (zeros), an empty text would not
         negative = params.negative_prompt or None if guided else None
-        parts = (params.prompt, negative, guided, params.compel_enabled, adapters)
+        parts = (params.prompt, negative, guided, params.compel_enabled, params.compel_weights, adapters)
         with self.adapters.encoding(adapters):
             return self._embeddings.get(parts, lambda: self._encode_anew(own, params, negative, guided))
 
@@ -212,7 +186,8 @@ class SDXL(PipelineModel):
         if params.compel_enabled:
             assert self._weighting is not None  # made by load()
             try:
-                weighted = self._weighting.encode(params.prompt, negative, own._execution_device)
+                emphasised = emphasise(params.prompt, params.compel_weights)
+                weighted = self._weighting.encode(emphasised.text, negative, own._execution_device)
             except WeightingFailed as failure:
                 log.warning("compel_failed", model=self.model_name, reason=failure.reason)
                 facts |= {
@@ -222,6 +197,9 @@ class SDXL(PipelineModel):
                 }
             else:
                 facts |= {"compel_success": True, "prompt_tokens_cut": weighted.tokens_cut}
+                facts |= {"compel_weights_applied": emphasised.applied}
+                if emphasised.reason is not None:
+                    facts |= {"fallback_used": True, "fallback_reason": f"compel_weights: {emphasised.reason}"}
                 return Encoded(weighted.arguments, facts)
         facts["prompt_tokens_cut"] = self._tokens_cut(params.prompt)
         embeds, negative_embeds, pooled, negative_pooled = own.encode_prompt(
@@ -244,36 +222,6 @@ class SDXL(PipelineModel):
         tokenizer = self._pipeline.tokenizer
         tokens = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
         return max(0, tokens - int(tokenizer.model_max_length))
-
-    def _start_from(self, request: GenerationRequest, settings: dict[str, Any]) -> dict[str, Any]:
-        """The reference and its mask as arguments of the pipeline."""
-        from PIL import Image, ImageOps
-
-        params = request.params
-        assert params.reference is not None  # checked by _pipeline_for
-        assert request.reference is not None
-        # rounded because 1 - 0.8 is a little less than 0.2, and 25 steps of that would be 4 instead of 5
-        strength = round(1 - params.reference.strength, 6)
-        if int(params.steps * strength) < 1:
-            raise InvalidInput("at this reference strength none of the steps would be run")
-        image = open_reference(request.reference, MAX_REFERENCE_PIXELS, MAX_REFERENCE_BYTES)
-        facts: dict[str, Any] = {
-            "strength": params.reference.strength,
-            "denoise_strength": strength,
-            "width": image.width,
-            "height": image.height,
-            "resize_policy": "center_crop",
-        }
-        settings["reference"] = facts
-        size = (params.width, params.height)
-        arguments = {"image": ImageOps.fit(image, size, Image.Resampling.LANCZOS), "strength": strength}
-        if request.mask is None:
-            return arguments
-        mask = open_mask(request.mask, MAX_REFERENCE_PIXELS, MAX_REFERENCE_BYTES, image.size)
-        fitted = fit_mask(mask, *size, self._inpaint.vae_scale_factor)
-        facts["mask"] = {"width": mask.width, "height": mask.height, "repainted": fitted.repainted}
-        # unlike image-to-image, it does not take the size from the image
-        return arguments | {"mask_image": fitted.image, "width": params.width, "height": params.height}
 
 
 def _to_pictures(images: Any) -> list[Image]:

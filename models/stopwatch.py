@@ -9,6 +9,7 @@ from uuid import uuid4
 
 from models.denoiser import Call, blank_output
 from models.generation import Control, GenerationRequest, Phase
+from models.image_prompts import ImagePrompt
 from models.lanes import LaneName
 from models.lora_rows import AdapterSet
 from models.resumption import DenoisingState, Resumption, StateUnusable
@@ -28,6 +29,7 @@ class Stopwatch:
         self.identity = ""
         self.name = uuid4().hex  # of this run: a job may be run again here
         self.adapters: AdapterSet = ()
+        self.prompts: tuple[ImagePrompt, ...] = ()  # of the batch that is about to begin
         self.facts: dict[str, Any] = {}  # for the settings of the result
         self._resumed: DenoisingState | None = None
         self._resumption: Resumption | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,3 +78,20 @@ class Ticket:
             self._future.set_exception(outcome)
         else:
             self._future.set_result(outcome)
+
+
+def admissible(waiting: Sequence[Ticket], denoising: Sequence[Ticket], slots: int) -> list[Ticket]:
+    """Of the waiting, those that have a slot now, interactive ones (of priority 0) first.
+
+    Only interactive ones count against an interactive one where there are several slots: the others give way to it, and
+    keep little more than their latents meanwhile.
+    """
+    taken: list[Ticket] = []
+    # sorted is stable: of the same priority the first come is the first served
+    for ticket in sorted(waiting, key=lambda ticket: ticket.request.priority):
+        rivals = [*denoising, *taken]
+        if ticket.request.priority == 0 and slots > 1:
+            rivals = [rival for rival in rivals if rival.request.priority == 0]
+        if len(rivals) < slots:
+            taken.append(ticket)
+    return taken

@@ -23,7 +23,17 @@ log = structlog.get_logger()
 # Part of the folder's name: raise it when anything below changes what is built.
 RECIPE = 1
 
-Variant = Literal["plain", "inpaint", "two_experts", "expanded_timesteps"]
+Variant = Literal[
+    "plain",
+    "inpaint",
+    "ip_adapter",
+    "controlnet",
+    "two_experts",
+    "expanded_timesteps",
+    "image_to_video",
+    "image_to_video_latents",
+    "first_and_last_frame",
+]
 
 _STAMP = "ourvidz-tiny.json"
 _SEED = 20250727
@@ -57,7 +67,8 @@ def ensure_tiny(family: str, root: Path, variant: Variant = "plain") -> Path:
     """Return the folder of the tiny checkpoint of `family` ("sdxl", "wan" or "qwen") under `root`; build it if absent.
 
     Variants of SDXL: "inpaint", whose UNet takes nine channels. Of WAN: "two_experts", as WAN 2.2's 14B, and
-    "expanded_timesteps", as its 5B.
+    "expanded_timesteps", as its 5B. Beside the plain ones, for references: "ip_adapter" and "controlnet" of SDXL;
+    "image_to_video", "first_and_last_frame" (WAN 2.1's two) and "image_to_video_latents" (as WAN 2.2's) of WAN.
 
     Safe when several processes call it at once: each builds in a folder of its own and one rename wins, so that
     a folder under its final name is always complete. Takes seconds once, then nothing.
@@ -226,6 +237,22 @@ def _build_qwen(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _build_beside_sdxl(what: str, folder: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    from models.tiny_guides import build_controlnet, build_ip_adapter
+
+    unet = UNet2DConditionModel.from_pretrained(ensure_tiny("sdxl", folder.parent), subfolder="unet")
+    build = {"ip_adapter": build_ip_adapter, "controlnet": build_controlnet}[what]
+    build(folder, unet)
+
+
+def _build_beside_wan(folder: Path, **options: bool) -> None:
+    from models.tiny_guides import build_image_to_video
+
+    build_image_to_video(folder, ensure_tiny("wan", folder.parent), **options)
+
+
 _BUILDERS: dict[Family, Callable[[Path], None]] = {
     Family.SDXL: _build_sdxl,
     Family.WAN: _build_wan,
@@ -235,6 +262,11 @@ _VARIANTS: dict[tuple[Family, Variant], Callable[[Path], None]] = {
     (Family.SDXL, "inpaint"): partial(_build_sdxl, channels=9),
     (Family.WAN, "two_experts"): partial(_build_wan, experts=2),
     (Family.WAN, "expanded_timesteps"): partial(_build_wan, expand_timesteps=True),
+    (Family.SDXL, "ip_adapter"): partial(_build_beside_sdxl, "ip_adapter"),
+    (Family.SDXL, "controlnet"): partial(_build_beside_sdxl, "controlnet"),
+    (Family.WAN, "image_to_video"): _build_beside_wan,
+    (Family.WAN, "image_to_video_latents"): partial(_build_beside_wan, sees=False),
+    (Family.WAN, "first_and_last_frame"): partial(_build_beside_wan, both_frames=True),
 }
 
 

@@ -1,18 +1,23 @@
-"""WAN 2.1 and 2.2: video from text, and single images as runs of one frame.
+"""WAN 2.1 and 2.2: video from text or from frames, and single images as runs of one frame.
 
-A request runs through the stock pipeline of diffusers, so its frames are those of the stock pipeline with the same
+A request runs through the stock pipelines of diffusers, so its frames are those of the stock pipelines with the same
 parameters. The VAE stays in float32, as its documentation in diffusers asks for.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from models.embeddings import Encoded
 from models.generation import Generation, GenerationFailed, GenerationRequest, InvalidInput
 from models.params import GenerationParams
 from models.pipeline import PipelineModel, generators
+from models.profile import ModelSpec
+from models.reference import FRAMES, ReferenceKind
+from models.sample_pictures import with_sample
 from models.stopwatch import Stopwatch
+from models.wan_frames import Frames
 
 MAX_PROMPT_TOKENS = 512
 
@@ -25,12 +30,20 @@ SCHEDULERS = {
 
 
 class WAN(PipelineModel):
-    """A `models.generation.Model` for WAN text-to-video checkpoints.
+    """A `models.generation.Model` for WAN text-to-video checkpoints, with an image-to-video one beside it or without.
 
     Those of WAN 2.2 with two experts change from `transformer` to `transformer_2` where the noise falls below the
     checkpoint's `boundary_ratio`; both are guided alike. The 5B model, which gives every token a timestep of its own,
-    is run from text alone.
+    is run from text, or from a start frame as well.
     """
+
+    def __init__(self, spec: ModelSpec, weights: Path | str) -> None:
+        super().__init__(spec, weights)
+        self._frames = Frames(spec, weights)
+
+    def load(self) -> None:
+        super().load()
+        self._frames.complete(self.device)
 
     def _load_pipeline(self, dtype: Any) -> Any:
         import torch
@@ -38,9 +51,21 @@ class WAN(PipelineModel):
 
         # given at load: a later .to(dtype) would also cast the layers that from_pretrained keeps in float32
         dtypes = {"default": dtype, "vae": torch.float32}
-        return WanPipeline.from_pretrained(
+        pipeline = WanPipeline.from_pretrained(
             str(self.weights), revision=self.spec.revision, variant=self.spec.variant, dtype=dtypes
         )
+        self._frames.load(pipeline, dtypes)
+        return pipeline
+
+    def _pipelines(self) -> list[Any]:
+        return [pipeline for pipeline in (self._pipeline, self._frames.pipeline) if pipeline is not None]
+
+    def steered_samples(self) -> list[GenerationRequest]:
+        entry = self.spec.image_to_video
+        if entry is None:
+            return []
+        kinds: tuple[ReferenceKind, ...] = FRAMES if entry.end_frame == "required" else FRAMES[:1]
+        return [with_sample(self.sample_request(), *kinds)]
 
     def forward_rows(self, request: GenerationRequest) -> int:
         """One: the pipeline calls the two branches of guidance one after the other."""
@@ -48,20 +73,22 @@ class WAN(PipelineModel):
 
     def _generate(self, request: GenerationRequest, watch: Stopwatch) -> Generation:
         params = request.params
-        if params.reference is not None or request.reference is not None or request.mask is not None:
-            raise InvalidInput("a text-to-video model takes no reference image")
+        self._frames.check(request)
         if params.num_images != 1:
             raise InvalidInput("WAN makes one video or one image for a request")
         multiple = self._size_multiple()
         if params.frames % 4 != 1 or params.width % multiple or params.height % multiple:
             raise InvalidInput(f"this model needs 4n+1 frames and sizes in multiples of {multiple}")
-        own = self._own(self._pipeline, self._scheduler(params), request, watch)
+        pipeline = self._frames.pipeline if params.references else self._pipeline
+        own = self._own(pipeline, self._scheduler(params, pipeline), request, watch)
+        if params.references:
+            self._frames.settle(own, watch)
         seed = params.seed or 0
         settings = self._settings(own, params) | {
             "seeds": [seed],
             "shift": params.shift,
-            "experts": 1 if self._pipeline.transformer_2 is None else 2,
-            "boundary_ratio": self._pipeline.config.boundary_ratio,
+            "experts": 1 if pipeline.transformer_2 is None else 2,
+            "boundary_ratio": pipeline.config.boundary_ratio,
             "vae_dtype": "float32",
             "fallback_used": False,
         }
@@ -69,20 +96,29 @@ class WAN(PipelineModel):
         watch.phase("encode")
         encoded = watch.aside(lambda: self._encode(own, params), "text")
         settings |= encoded.facts
+        told: dict[str, Any] = {}
+        frames_given = watch.aside(lambda: self._frames.fit(request, told))
+        settings["references"] = told
+        if told:
+            settings["image_to_video"] = self._frames.settings()
 
         watch.phase("denoise")
         chance = generators([seed])[0]
         watch.resumable(own.scheduler, [chance])
-        arguments: dict[str, Any] = encoded.arguments | {
-            "width": params.width,
-            "height": params.height,
-            "num_frames": params.frames,
-            "num_inference_steps": params.steps,
-            "guidance_scale": params.guidance_scale,
-            "generator": chance,
-            "callback_on_step_end": watch.on_step_end,
-            "output_type": "np",
-        }
+        arguments: dict[str, Any] = (
+            encoded.arguments
+            | frames_given
+            | {
+                "width": params.width,
+                "height": params.height,
+                "num_frames": params.frames,
+                "num_inference_steps": params.steps,
+                "guidance_scale": params.guidance_scale,
+                "generator": chance,
+                "callback_on_step_end": watch.on_step_end,
+                "output_type": "np",
+            }
+        )
         frames = self._call(own, params, arguments, settings).frames[0]
         settings |= {"denoise_steps": own.num_timesteps, **watch.facts}
         pictures = watch.aside(lambda: _to_bytes(frames, params.frames))
@@ -125,7 +161,7 @@ class WAN(PipelineModel):
             timings_ms=watch.stop(),
         )
 
-    def _scheduler(self, params: GenerationParams) -> Any:
+    def _scheduler(self, params: GenerationParams, pipeline: Any = None) -> Any:
         import diffusers
 
         if params.scheduler not in SCHEDULERS:
@@ -134,11 +170,12 @@ class WAN(PipelineModel):
             raise InvalidInput("WAN needs a timestep shift")
         if params.frames > 1 and params.fps is None:
             raise InvalidInput("a video needs a frame rate")
+        trained = (pipeline or self._pipeline).scheduler.config
         kind = getattr(diffusers, SCHEDULERS[params.scheduler])
         if params.scheduler == "euler":
-            return kind(num_train_timesteps=self._pipeline.scheduler.config.num_train_timesteps, shift=params.shift)
+            return kind(num_train_timesteps=trained.num_train_timesteps, shift=params.shift)
         return kind.from_config(
-            self._pipeline.scheduler.config,
+            trained,
             prediction_type="flow_prediction",
             use_flow_sigmas=True,
             flow_shift=params.shift,

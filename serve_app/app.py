@@ -18,13 +18,18 @@ from deployments.serving import (
     CallbackDeliverer,
     EnhancerReplica,
     MediaReplica,
+    ProviderReplica,
     UpkeepDuty,
 )
 from deployments.settings import GENERATED, Settings
 from models.catalog import Family
 from serve_app import events
 from serve_app.api import (
+    absent,
+    admin_images,
     assets,
+    config,
+    content,
     conversations,
     endpoints,
     enhancement,
@@ -34,16 +39,24 @@ from serve_app.api import (
     jobs,
     keys,
     library,
+    live_workers,
     loras,
+    me,
+    moderation,
     operations,
     playground,
     problems,
+    prompt_rows,
     providers,
+    replicate,
+    replicate_webhook,
     reruns,
+    schema_info,
     uploads,
     users,
     workspace,
 )
+from serve_app.api.cors import FunctionsCors
 from serve_app.api.limits import BodyLimit, FileBodies
 from serve_app.api.wire import CallbackBody
 from serve_app.bootstrap import prepare
@@ -53,8 +66,9 @@ from serve_app.watches import Watches
 
 DESCRIPTION = """Images and video from durable, called-back jobs on your own GPUs.
 
-Authenticate with an API key: `Authorization: Bearer ovz_…`. Errors are problem documents (RFC 9457) with a stable
-`code`. Callbacks are signed after Standard Webhooks."""
+Authenticate with `Authorization: Bearer …`: an API key (`ovz_…`), or a user's token of the auth service that the
+operator named. Errors are problem documents (RFC 9457) with a stable `code`. Callbacks are signed after Standard
+Webhooks."""
 
 
 callbacks = APIRouter(tags=["callbacks"])
@@ -87,6 +101,7 @@ def api(settings: Settings, enhancer: Any = None) -> FastAPI:
         jobs,
         assets,
         library,
+        moderation,
         uploads,
         reruns,
         loras,
@@ -95,12 +110,22 @@ def api(settings: Settings, enhancer: Any = None) -> FastAPI:
         endpoints,
         files,
         operations,
+        config,
+        me,
         functions,
         workspace,
         enhancement,
         playground,
         conversations,
         providers,
+        replicate,
+        replicate_webhook,
+        live_workers,
+        prompt_rows,
+        admin_images,
+        content,
+        schema_info,
+        absent,
         health,
     )
     for module in modules:
@@ -115,6 +140,7 @@ def api(settings: Settings, enhancer: Any = None) -> FastAPI:
         allow_headers=["authorization", "x-client-info", "apikey", "content-type", "idempotency-key"],
         allow_methods=["GET", "POST", "PATCH", "DELETE", "OPTIONS"],
     )
+    app.add_middleware(FunctionsCors)
     return app
 
 
@@ -204,6 +230,7 @@ def build(args: dict[str, Any]) -> Any:
         ),
         _deployment(CallbackDeliverer, "callbacks").bind(shared),
         _deployment(UpkeepDuty, "upkeep").bind(shared),
+        _deployment(ProviderReplica, "provider").bind(shared),
     )
 
 
@@ -218,6 +245,7 @@ def _settings(args: dict[str, Any]) -> Settings:
     settings = Settings.load(args)
     for name in GENERATED:
         settings.secret(name)
+    settings.token_secret()
     asyncio.run(prepare(settings))
     return settings
 

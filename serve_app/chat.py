@@ -40,9 +40,10 @@ from models.params import ContentMode
 from models.policy import ContentRejected, check_prompt
 from models.profile import ModelSpec, resolve_weights
 from models.prompts import NoTemplate, TokenCounter
+from serve_app.admission import check_content_mode
 from serve_app.api.problems import Problem
 from serve_app.edge import Edge
-from serve_app.submission import check_content_mode
+from serve_app.maintenance import refuse_in_maintenance
 
 log = structlog.get_logger()
 
@@ -114,6 +115,7 @@ class Turn:
 
 async def prepare(edge: Edge, user: Principal, asked: Asked) -> Turn:
     """Put together what the model is given. Stores nothing. Raises `Problem`."""
+    await refuse_in_maintenance(edge, user)
     check_content_mode(edge, user, asked.content_mode, with_upload=False)
     check_text(asked.message, asked.content_mode)
     spec = edge.settings.loaded_profile.models.get(Family.QWEN)

@@ -24,6 +24,7 @@ from deployments.egress import Egress
 from deployments.settings import Settings
 from deployments.signatures import CallbackSecrets
 from serve_app.predictions import Predictions
+from serve_app.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Edge:
     settings: Settings
     pool: asyncpg.Pool
     access: Access
+    tokens: Tokens
     jobs: Jobs
     queue: Queue
     workers: Workers
@@ -56,6 +58,7 @@ class Edge:
 async def open_edge(settings: Settings, enhancer: Any = None, name: str = "ourvidz api") -> AsyncIterator[Edge]:
     """Connect, by that name in Postgres, and close at the end. Raises `DatabaseUnavailable`, `SettingsError`."""
     url = await asyncio.to_thread(settings.postgres)
+    tokens = Tokens.of(settings)
     pool = await open_pool(url, min_size=2, max_size=20, name=name)
     notifier = Notifier(pool)
     try:
@@ -63,6 +66,7 @@ async def open_edge(settings: Settings, enhancer: Any = None, name: str = "ourvi
             settings=settings,
             pool=pool,
             access=Access(pool),
+            tokens=tokens,
             jobs=Jobs(pool),
             queue=Queue(pool),
             workers=Workers(pool),
@@ -79,5 +83,6 @@ async def open_edge(settings: Settings, enhancer: Any = None, name: str = "ourvi
             enhancer=enhancer,
         )
     finally:
+        await tokens.close()
         await notifier.close()
         await pool.close()

@@ -43,7 +43,7 @@ async def stream_job(
     last_event_id: Annotated[int, Header(ge=0, lt=2**63, description="Replay the history after this event.")] = 0,
 ) -> AsyncIterator[ServerSentEvent]:
     """A job as it changes: `job` carries the whole job, `event` one line of its history, `preview` a new preview of a
-    job that asked for them. Ends with the job, or when the API key no longer opens it."""
+    job that asked for them. Ends with the job, or when the API key or token no longer opens it."""
     told, shown, previewed, number = last_event_id, None, None, 0
     async with watches.watching(user, job_id) as watch:
         await watch.fresh()

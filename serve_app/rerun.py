@@ -11,14 +11,17 @@ from db.blobs import BlobNotFound
 from db.jobs import Accepted, JobRecord, NewJob, Stage, Status
 from models.catalog import resolve
 from models.costs import shape_name
+from models.enhancement import strategy_of
 from models.loras import lora_errors
 from models.params import GenerationParams, InvalidParams
 from models.policy import check_prompt
+from serve_app.admission import check_content_mode, installed
 from serve_app.api.problems import Problem
 from serve_app.edge import Edge
 from serve_app.lora_names import known_loras
-from serve_app.references import copy_reference
-from serve_app.submission import check_content_mode, installed, kept_references
+from serve_app.references import copy_references
+from serve_app.strategies import with_weighted_terms
+from serve_app.submission import kept_references
 
 
 async def rerun(
@@ -39,9 +42,9 @@ async def rerun(
     known = await known_loras(edge, installed(edge, job_type), params.loras)
     if errors := lora_errors(params.loras, known, job_type.name):
         raise InvalidParams(errors)
-    check_content_mode(edge, user, params.content_mode, with_upload=params.reference is not None)
+    check_content_mode(edge, user, params.content_mode, with_upload=bool(params.references))
     for prompt in filter(None, (params.prompt, row["enhanced_prompt"])):
-        check_prompt(prompt, params.content_mode)
+        check_prompt(with_weighted_terms(prompt, params), params.content_mode)
     # previews change no pixel; alone in its forwards, the job is as it would be at any time
     params = params.model_copy(update={"previews": False, "reproducible": True})
     job_id = UUID(int=uuid7().int)
@@ -49,7 +52,7 @@ async def rerun(
         earlier = await edge.jobs.accepted_before(user.user_id, idempotency_key, body)
         if earlier is not None:
             return earlier[0]
-    params = await _with_own_reference(edge, params, f"{user.user_id}/{job_id}")
+    params = await _with_own_references(edge, params, f"{user.user_id}/{job_id}")
     job = NewJob(
         id=job_id,
         user_id=user.user_id,
@@ -61,8 +64,10 @@ async def rerun(
         queue=job_type.family.value,
         cost=await edge.predictions.seconds(job_type, params),
         credits=job_type.credits,
+        exempt=user.is_admin(),
         original_prompt=row["original_prompt"],
         enhanced_prompt=row["enhanced_prompt"],
+        enhancement_strategy=strategy_of(False, params.compel_enabled),
         params=params.model_dump(mode="json"),
         shape=shape_name(params),
         loras=[use.name for use in params.loras],
@@ -71,7 +76,7 @@ async def rerun(
         max_attempts=edge.settings.max_attempts,
         batch_size=_batch_size(row, params),
     )
-    stored = [*params.reference.keys] if params.reference is not None else []
+    stored = [key for one in params.references for key in one.keys]
     async with kept_references(edge, stored) as keep:
         accepted = await edge.jobs.accept(job, idempotency_key=idempotency_key, body=body)
         keep(not accepted.replayed)
@@ -86,12 +91,12 @@ def _batch_size(row: Any, params: GenerationParams) -> int | None:
     return size if isinstance(size, int) and 0 < size < params.num_images else None
 
 
-async def _with_own_reference(edge: Edge, params: GenerationParams, name: str) -> GenerationParams:
-    """The parameters with a copy of the reference and its mask."""
-    if params.reference is None:
+async def _with_own_references(edge: Edge, params: GenerationParams, name: str) -> GenerationParams:
+    """The parameters with copies of the references and their masks."""
+    if not params.references:
         return params
     try:
-        reference = await copy_reference(edge, params.reference, name)
+        references = await copy_references(edge, params.references, name)
     except BlobNotFound:
-        raise Problem(409, "not_rerunnable", "the reference image of the job is no longer stored") from None
-    return params.model_copy(update={"reference": reference})
+        raise Problem(409, "not_rerunnable", "a reference image of the job is no longer stored") from None
+    return params.model_copy(update={"references": references})

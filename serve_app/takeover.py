@@ -15,11 +15,12 @@ from db.access import Principal
 from db.blobs import StorageUnavailable
 from db.imports import Imports
 from db.pool import CONNECTION_FAULTS, DatabaseUnavailable
-from serve_app.api.functions import read_submission
+from serve_app.admission import Submission, check
 from serve_app.api.problems import Problem, problem_of
+from serve_app.api.queue_requests import read_submission
 from serve_app.edge import Edge
 from serve_app.messages import Message, read_message
-from serve_app.submission import Submission, check, submit
+from serve_app.submission import submit
 
 log = structlog.get_logger()
 
@@ -88,7 +89,7 @@ class Takeover:
         if known is None and not self._create_users:
             raise Problem(422, "unknown_user", "there is no such user; --create-users makes them", field="user_id")
         user = known or Principal(message.user_id, None, frozenset({"basic_user"}), age_verified=False)
-        _, asked = await read_submission(self._edge, message.body)
+        _, asked = await read_submission(self._edge, message.body, worded=message.enhanced)
         asked = replace(asked, job_id=message.job_id)
         if message.enhanced and asked.enhance:
             asked = replace(asked, enhance=None)  # that was done, and the prompt in the message is the outcome

@@ -15,6 +15,7 @@ import structlog
 
 from db.access import Principal
 from db.blobs import BlobNotFound, StorageUnavailable
+from db.limits import LimitReached
 from db.uploads import MOST_UPLOADS, UPLOAD_BUCKET, TooManyUploads, Upload, Uploads
 from deployments.expiry import UPLOADED
 from models.engine import InvalidInput
@@ -102,6 +103,9 @@ async def keep_upload(edge: Edge, user: Principal, data: bytes) -> tuple[Upload,
             size=(cleaned.width, cleaned.height),
             sha256=digest,
         )
+    except LimitReached:
+        await _forget(edge, key)
+        raise
     except TooManyUploads:
         await _forget(edge, key)
         message = f"a user may have {MOST_UPLOADS} uploads; delete some"

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from uuid import UUID
 
 import structlog
@@ -171,7 +172,9 @@ class Watches:
         await asyncio.gather(*[watch.end() for watch in self._watches.values()], return_exceptions=True)
 
     def holds(self, viewer: Principal) -> bool:
-        """Whether the key that opened a stream still opens it, as far as is known."""
+        """Whether the key or token that opened a stream still opens it, as far as is known."""
+        if viewer.expires_at is not None:
+            return datetime.now(UTC) < viewer.expires_at
         return viewer.key_id is not None and viewer.key_id not in self._closed_keys
 
     @asynccontextmanager

@@ -18,6 +18,7 @@ from db import embedded
 from db.access import Access
 from db.migrate import migrate
 from db.pool import open_pool
+from tests import javascript
 
 for name in [name for name in os.environ if name.startswith("OURVIDZ_")] + ["DATABASE_URL"]:
     if name != "OURVIDZ_TEST_DATABASE_URL":
@@ -72,6 +73,14 @@ def template_database(postgres_url: str) -> str:
     return asyncio.run(make())
 
 
+@pytest.fixture(scope="session")
+def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the official JavaScript libraries in it, for `tests.javascript.run`."""
+    folder = tmp_path_factory.mktemp("javascript")
+    javascript.install(folder)
+    return folder
+
+
 @dataclass
 class TestDatabase:
     """A database of one test: `pool` acts as the owner, `worker_pool` as the replicas' role."""
@@ -116,3 +125,12 @@ async def shared_database(postgres_url: str, template_database: str) -> AsyncIte
     """One database for the tests of a module that all leave it as it was. They need the module's event loop."""
     async with fresh_database(postgres_url, template_database) as fresh:
         yield fresh
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under xdist a file's tests stay together, with what they share; those on the real cluster all do, and come first,
+    since they take longest."""
+    items.sort(key=lambda item: item.path.parent.name != "e2e")
+    for item in items:
+        group = "e2e" if item.path.parent.name == "e2e" else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))

@@ -123,6 +123,18 @@ def test_every_page_can_be_found_from_the_readme() -> None:
 # --- names that must be real ------------------------------------------------------------------------------
 
 
+def test_every_test_that_is_named_as_a_guard_exists() -> None:
+    page = (ROOT / "docs" / "explanation" / "guarantees.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if re.match(r"\| \d", line)]
+    assert len(rows) == 24 + 15
+    for row in rows:
+        guards = re.findall(r"`([\w/]+\.py)::(test_\w+)`", row)
+        assert guards, row
+        for file, name in guards:
+            text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert re.search(rf"^(async )?def {name}\(", text, re.MULTILINE), f"{file}::{name}"
+
+
 def test_every_variable_that_is_named_is_a_setting() -> None:
     known = {f"OURVIDZ_{name.upper()}" for name in Settings.model_fields} | OTHER_VARIABLES
     for page, text in TEXTS.items():

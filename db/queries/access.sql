@@ -23,6 +23,25 @@ FROM profiles p WHERE p.id = :user_id;
 -- name: adopt_user(user_id)$
 INSERT INTO profiles (id) VALUES (:user_id) ON CONFLICT (id) DO NOTHING RETURNING id;
 
+-- name: find_token_holder(user_id)^
+-- The user whom a token names, unless the user is being erased.
+SELECT p.username, p.age_verified,
+       coalesce((SELECT array_agg(r.role::text) FROM user_roles r WHERE r.user_id = p.id), '{}') AS roles
+FROM profiles p WHERE p.id = :user_id AND NOT EXISTS (SELECT FROM erasures e WHERE e.user_id = p.id);
+
+-- name: admit_user(user_id, issued_at)!
+-- The profile of whom a token names, with the role of everybody, once. Nothing for somebody who was erased after the
+-- token was issued, or is being erased.
+WITH made AS (
+  INSERT INTO profiles (id)
+  SELECT :user_id::uuid
+  WHERE NOT EXISTS (SELECT FROM erasures WHERE user_id = :user_id)
+    AND NOT EXISTS (SELECT FROM user_activity_log
+                    WHERE action = 'user.erased' AND resource_id = :user_id::uuid::text AND created_at >= :issued_at)
+  ON CONFLICT (id) DO NOTHING RETURNING id
+)
+INSERT INTO user_roles (user_id, role) SELECT id, 'basic_user' FROM made ON CONFLICT DO NOTHING;
+
 -- name: abandon_user(user_id)!
 -- Delete a user who was made for a job that was refused after all, and has nothing.
 DELETE FROM profiles p WHERE id = :user_id AND username IS NULL
@@ -33,22 +52,52 @@ DELETE FROM profiles p WHERE id = :user_id AND username IS NULL
 INSERT INTO profiles (username) VALUES (:username)
 ON CONFLICT (username) DO UPDATE SET username = excluded.username RETURNING id;
 
--- name: ensure_role(user_id, role)!
-INSERT INTO user_roles (user_id, role) VALUES (:user_id, :role::app_role) ON CONFLICT DO NOTHING;
+-- name: ensure_role(user_id, role, actor)!
+-- A role of a user, with an audit row when somebody's act gave it.
+WITH given AS (
+  INSERT INTO user_roles (user_id, role) VALUES (:user_id, :role::app_role) ON CONFLICT DO NOTHING RETURNING user_id, role
+)
+INSERT INTO user_activity_log (user_id, action, resource_type, resource_id, metadata)
+SELECT :actor::uuid, 'role.granted', 'user', user_id::text, jsonb_build_object('role', role) FROM given
+WHERE :actor::uuid IS NOT NULL;
 
--- name: create_key(user_id, name, prefix, key_hash, expires_at)^
-INSERT INTO api_keys (user_id, name, prefix, key_hash, expires_at)
-VALUES (:user_id, :name, :prefix, :key_hash, :expires_at)
-RETURNING id, user_id, name, prefix, created_at, last_used_at, expires_at, revoked_at;
+-- name: create_key(user_id, name, prefix, key_hash, expires_at, actor)^
+-- A key, with an audit row when somebody's act made it.
+WITH made AS (
+  INSERT INTO api_keys (user_id, name, prefix, key_hash, expires_at)
+  VALUES (:user_id, :name, :prefix, :key_hash, :expires_at)
+  RETURNING id, user_id, name, prefix, created_at, last_used_at, expires_at, revoked_at
+), noted AS (
+  INSERT INTO user_activity_log (user_id, action, resource_type, resource_id, metadata)
+  SELECT :actor::uuid, 'api_key.created', 'api_key', id::text, jsonb_build_object('owner', user_id) FROM made
+  WHERE :actor::uuid IS NOT NULL
+)
+SELECT * FROM made;
 
 -- name: list_keys(user_id)
 SELECT k.id, k.user_id, p.username, k.name, k.prefix, k.created_at, k.last_used_at, k.expires_at, k.revoked_at
 FROM api_keys k JOIN profiles p ON p.id = k.user_id
 WHERE :user_id::uuid IS NULL OR k.user_id = :user_id ORDER BY k.created_at;
 
--- name: revoke_key(key_id)^
-UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = :key_id
-RETURNING id, user_id, name, prefix, created_at, last_used_at, expires_at, revoked_at;
+-- name: revoke_key(key_id, actor)^
+-- End a key, with an audit row when it was somebody's act and the key held until now.
+WITH ended AS (
+  UPDATE api_keys k SET revoked_at = coalesce(k.revoked_at, now())
+  FROM (SELECT id, revoked_at FROM api_keys WHERE id = :key_id FOR UPDATE) was
+  WHERE k.id = was.id
+  RETURNING k.id, k.user_id, k.name, k.prefix, k.created_at, k.last_used_at, k.expires_at, k.revoked_at,
+            was.revoked_at IS NULL AS held
+), noted AS (
+  INSERT INTO user_activity_log (user_id, action, resource_type, resource_id, metadata)
+  SELECT :actor::uuid, 'api_key.revoked', 'api_key', id::text, jsonb_build_object('owner', user_id) FROM ended
+  WHERE :actor::uuid IS NOT NULL AND held
+)
+SELECT id, user_id, name, prefix, created_at, last_used_at, expires_at, revoked_at FROM ended;
+
+-- name: note_request(user_id, operation, resource_type, resource_id, metadata)!
+-- What an admin asks the API to change, before it is done.
+INSERT INTO user_activity_log (user_id, action, resource_type, resource_id, metadata)
+VALUES (:user_id, 'request.' || :operation::text, :resource_type, :resource_id, :metadata);
 
 -- name: count_admins()$
 SELECT count(*) FROM user_roles WHERE role = 'admin';

@@ -19,11 +19,12 @@ SELECT 'user-library', storage_path, file_size_bytes FROM user_library
 UNION ALL
 SELECT 'user-library', thumbnail_path, NULL FROM user_library WHERE thumbnail_path IS NOT NULL
 UNION ALL
-SELECT params -> 'reference' ->> 'bucket', params -> 'reference' ->> 'key', NULL FROM jobs
-WHERE params -> 'reference' ->> 'key' IS NOT NULL
-UNION ALL
-SELECT params #>> '{reference,mask,bucket}', params #>> '{reference,mask,key}', NULL FROM jobs
-WHERE params #>> '{reference,mask,key}' IS NOT NULL;
+SELECT file.image ->> 'bucket', file.image ->> 'key', NULL
+FROM jobs
+CROSS JOIN LATERAL jsonb_array_elements(
+  coalesce(params -> 'references', '[]') || jsonb_build_array(params -> 'reference')) AS reference(image)
+CROSS JOIN LATERAL unnest(ARRAY[reference.image, reference.image -> 'mask']) AS file(image)
+WHERE file.image ->> 'key' IS NOT NULL;
 
 -- name: has_uploads()$
 -- A database of an older version has none.
@@ -32,6 +33,13 @@ SELECT to_regclass('public.reference_uploads') IS NOT NULL;
 -- name: uploads()
 -- The files of uploads, as `files` tells the others.
 SELECT 'reference_images' AS bucket, storage_path AS key, file_size_bytes AS size FROM reference_uploads;
+
+-- name: has_avatars()$
+SELECT to_regclass('public.job_destinations') IS NOT NULL;
+
+-- name: avatars()
+-- The pictures of characters that are no item of anybody's library.
+SELECT 'avatars' AS bucket, substr(image_url, 9) AS key, NULL AS size FROM characters WHERE image_url LIKE 'avatars/%';
 
 -- name: has_archives()$
 -- A database of an older version, which is backed up before it is migrated, has none.

@@ -1,21 +1,34 @@
--- name: accept(rows)
+-- name: accept(rows)$
 -- Take jobs in: the fact, its place in the queue, its first event and its charge, in one statement. All read what was
--- given, as joining what was made would cost the square of a large batch; the keys are checked when all is there.
-WITH given AS MATERIALIZED (
+-- given, as joining what was made would cost the square of a large batch; the keys are checked when all is there. The jobs
+-- of one `submission` come in all or none. The answer maps the submissions that the limits refuse to why; null: none.
+WITH asked AS MATERIALIZED (
   SELECT * FROM jsonb_to_recordset(:rows::jsonb) AS g(
-    id uuid, user_id uuid, job_type text, format text, quality text, model_type text, stage text, content_mode text,
+    submission int, exempt boolean, id uuid, user_id uuid, job_type text, format text, quality text, model_type text, stage text, content_mode text,
     original_prompt text, enhanced_prompt text, params jsonb, metadata jsonb, adjustments jsonb, max_attempts int,
     callback_url text, callback_events text[], destination text, traceparent text,
     queue text, class smallint, cost real, start_after_seconds double precision, start_deadline_seconds double precision,
-    deadline_seconds double precision, credits numeric, batch_size smallint, shape text, loras text[])
+    deadline_seconds double precision, credits numeric, batch_size smallint, shape text, loras text[], provider text,
+    api_model_id uuid, template_name text, enhancement_strategy text)
+), verdict AS MATERIALIZED (
+  SELECT admitted.* FROM (
+    SELECT array_agg(submission) AS submissions, array_agg(user_id) AS owners, array_agg(jobs::int) AS jobs,
+           array_agg(price) AS prices, array_agg(free) AS free
+    FROM (SELECT submission, user_id, count(*) AS jobs, sum(ceil(credits)) AS price, bool_and(exempt) AS free
+          FROM asked GROUP BY submission, user_id) one) all_of_them,
+    ourvidz.admit(submissions, owners, jobs, prices, free, true) AS admitted
+), given AS MATERIALIZED (
+  SELECT asked.*, charging AND NOT exempt AS charged FROM asked, verdict WHERE NOT refusals ? submission::text
 ), made AS (
   INSERT INTO jobs (id, user_id, job_type, format, quality, model_type, stage, content_mode, original_prompt,
                     enhanced_prompt, params, metadata, adjustments, max_attempts, callback_url, callback_events,
-                    destination, traceparent, class, compel_weights, start_deadline_seconds, deadline_seconds)
+                    destination, traceparent, class, compel_weights, start_deadline_seconds, deadline_seconds, provider,
+                    api_model_id, template_name, enhancement_strategy)
   SELECT id, user_id, job_type, format, quality, model_type, stage, content_mode, original_prompt, enhanced_prompt,
          params, coalesce(metadata, '{}'), coalesce(adjustments, '[]'), max_attempts, callback_url,
          coalesce(callback_events, '{processing,completed,failed,cancelled}'), destination, traceparent,
-         class, params -> 'compel_weights', start_deadline_seconds, deadline_seconds
+         class, nullif(params -> 'compel_weights', 'null'), start_deadline_seconds, deadline_seconds,
+         coalesce(provider, 'local'), api_model_id, template_name, enhancement_strategy
   FROM given
   RETURNING id
 ), queued AS (
@@ -32,10 +45,10 @@ WITH given AS MATERIALIZED (
   INSERT INTO job_events (job_id, user_id, attempt, kind, data)
   SELECT id, user_id, 0, 'queued', jsonb_build_object('queue', queue, 'stage', stage) FROM given
 ), charged AS (
-  INSERT INTO usage_logs (user_id, action, credits_consumed, format, quality, job_id)
-  SELECT user_id, job_type, credits, format, quality, id FROM given
+  INSERT INTO usage_logs (user_id, action, credits_consumed, format, quality, job_id, charged)
+  SELECT user_id, job_type, CASE WHEN charged THEN ceil(credits) ELSE credits END, format, quality, id, charged FROM given
 )
-SELECT id FROM made;
+SELECT nullif(refusals, '{}') FROM verdict;
 
 -- name: read(job_id)^
 -- One job with its place in the queue, its assets and its callbacks, as far as row-level security lets the caller see.
@@ -47,7 +60,8 @@ SELECT to_jsonb(j) AS job,
        (SELECT coalesce(jsonb_agg(to_jsonb(a) ORDER BY a.asset_index), '[]') FROM (
           -- neither settings nor manifest, which would be most of a page
           SELECT id, asset_index, asset_type, temp_storage_path, thumbnail_path, mime_type, file_size_bytes, width, height,
-                 frames, fps, duration_seconds, generation_seed, model_used, expires_at, manifest IS NOT NULL AS has_manifest
+                 frames, fps, duration_seconds, generation_seed, model_used, expires_at, manifest IS NOT NULL AS has_manifest,
+                 moderation_status, moderation_reason
           FROM workspace_assets WHERE job_id = j.id) a) AS assets,
        (SELECT coalesce(jsonb_agg(to_jsonb(o) ORDER BY o.seq), '[]') FROM (
           SELECT id, seq, event_type, state, attempts, last_status, last_error, delivered_at
@@ -64,7 +78,8 @@ SELECT to_jsonb(j) AS job,
        (SELECT coalesce(jsonb_agg(to_jsonb(a) ORDER BY a.asset_index), '[]') FROM (
           -- neither settings nor manifest, which would be most of a page
           SELECT id, asset_index, asset_type, temp_storage_path, thumbnail_path, mime_type, file_size_bytes, width, height,
-                 frames, fps, duration_seconds, generation_seed, model_used, expires_at, manifest IS NOT NULL AS has_manifest
+                 frames, fps, duration_seconds, generation_seed, model_used, expires_at, manifest IS NOT NULL AS has_manifest,
+                 moderation_status, moderation_reason
           FROM workspace_assets WHERE job_id = j.id) a) AS assets,
        '[]'::jsonb AS callbacks
 FROM current_jobs j
@@ -98,14 +113,30 @@ FROM jobs j LEFT JOIN job_queue q ON q.job_id = j.id WHERE j.id = ANY(:job_ids::
 SELECT id, job_id, attempt, kind, at, data FROM job_events
 WHERE job_id = :job_id AND id > :after_id ORDER BY id LIMIT :page_size::int;
 
--- name: retry(job_id, cost, queue, shape, loras)^
+-- name: retry(job_id, cost, queue, shape, loras, exempt)^
 -- A new budget for a job that failed or was cancelled. The attempt goes on counting, so that a late replica stays out;
--- its deadlines are counted anew, as a retry is a new run.
-WITH again AS (
+-- its deadlines are counted anew, as a retry is a new run. It is charged where its charge was given back; no row comes back
+-- where it is in no such state, and a `refusal` where the limits refuse it.
+WITH ended AS MATERIALIZED (
+  SELECT id, user_id, job_type, format, quality, paid.price FROM jobs, LATERAL (
+    SELECT CASE WHEN coalesce(sum(credits_consumed) FILTER (WHERE charged), 0) > 0 THEN 0
+                ELSE ceil(coalesce(max(credits_consumed), 0)) END AS price
+    FROM usage_logs WHERE job_id = jobs.id) paid
+  WHERE id = :job_id AND status IN ('failed', 'cancelled')
+  FOR UPDATE OF jobs
+), verdict AS MATERIALIZED (
+  SELECT ended.*, admitted.*
+  FROM ended CROSS JOIN LATERAL ourvidz.admit('{0}', ARRAY[user_id], '{1}', ARRAY[price], ARRAY[:exempt::boolean], false)
+    AS admitted
+), again AS (
   UPDATE jobs SET status = 'queued', completed_at = NULL, error_code = NULL, error_message = NULL, retryable = NULL,
                   failures = 0, event_seq = event_seq + 1, updated_at = now()
-  WHERE id = :job_id AND status IN ('failed', 'cancelled')
+  WHERE id = (SELECT id FROM verdict WHERE refusals = '{}') AND status IN ('failed', 'cancelled')
   RETURNING *
+), charged AS (
+  INSERT INTO usage_logs (user_id, action, credits_consumed, format, quality, job_id, charged, metadata)
+  SELECT user_id, job_type, price, format, quality, id, true, '{"retry": true}'
+  FROM verdict WHERE refusals = '{}' AND charging AND NOT :exempt::boolean AND price > 0
 ), queued AS (
   INSERT INTO job_queue (job_id, user_id, queue, class, tag, cost, attempt, max_attempts, started_at, start_deadline,
                          deadline, shape, loras)
@@ -119,22 +150,24 @@ WITH again AS (
     'start_deadline_seconds', start_deadline_seconds, 'deadline_seconds', deadline_seconds))
   FROM again
 )
-SELECT id, stage, model_type FROM again;
+SELECT refusals -> '0' AS refusal FROM verdict;
 
 -- name: read_bare(job_id)^
 -- Where a job stands, without what hangs on it.
 SELECT status, attempts, worker, stage FROM current_jobs WHERE id = :job_id;
-
--- name: provider(job_id)$
--- Who runs a job: `local`, or an outside provider.
-SELECT provider FROM jobs WHERE id = :job_id;
 
 -- name: erase(job_id, actor)^
 -- Delete an ended job with all that hangs on it (assets, events, callbacks, keys), leaving one audit row. The keys of
 -- its files come back, for the caller to delete.
 WITH doomed AS MATERIALIZED (
   SELECT j.id, j.user_id, j.job_type,
-         array_remove(ARRAY[j.params #>> '{reference,key}', j.params #>> '{reference,mask,key}'], NULL) AS reference_keys
+         ARRAY(
+           SELECT file.key
+           FROM jsonb_array_elements(coalesce(j.params -> 'references', '[]') || jsonb_build_array(j.params -> 'reference'))
+             AS reference(image)
+           CROSS JOIN LATERAL unnest(ARRAY[image ->> 'key', image #>> '{mask,key}']) AS file(key)
+           WHERE file.key IS NOT NULL
+         ) AS reference_keys
   FROM jobs j
   WHERE j.id = :job_id AND j.status IN ('completed', 'failed', 'cancelled')
     AND NOT EXISTS (SELECT FROM job_queue q WHERE q.job_id = j.id)

@@ -64,6 +64,7 @@ WHERE id = :item_id AND storage_path = :was RETURNING *;
 UPDATE user_library SET
   custom_title = CASE WHEN c ? 'custom_title' THEN c ->> 'custom_title' ELSE custom_title END,
   collection_id = CASE WHEN c ? 'collection_id' THEN (c ->> 'collection_id')::uuid ELSE collection_id END,
+  visibility = CASE WHEN c ? 'visibility' THEN c ->> 'visibility' ELSE visibility END,
   is_favorite = CASE WHEN c ? 'is_favorite' THEN (c ->> 'is_favorite')::boolean ELSE is_favorite END,
   tags = CASE WHEN c ? 'tags' THEN ARRAY(SELECT jsonb_array_elements_text(c -> 'tags')) ELSE tags END
 FROM (SELECT :changes::jsonb AS c) given

@@ -6,9 +6,10 @@ VALUES (:preset_name, :preset_description, :enable_qwen, :enable_compel, :auto_e
         :is_recommended)
 ON CONFLICT (preset_name) DO NOTHING;
 
--- name: seed_provider(name, display_name, base_url, docs_url, auth_scheme, secret_name, is_active)!
-INSERT INTO api_providers (name, display_name, base_url, docs_url, auth_scheme, secret_name, is_active)
-VALUES (:name, :display_name, :base_url, :docs_url, :auth_scheme, :secret_name, :is_active)
+-- name: seed_provider(name, display_name, base_url, docs_url, auth_scheme, secret_name, is_active, output_hosts)!
+INSERT INTO api_providers (name, display_name, base_url, docs_url, auth_scheme, secret_name, is_active,
+                           output_hosts)
+VALUES (:name, :display_name, :base_url, :docs_url, :auth_scheme, :secret_name, :is_active, :output_hosts)
 ON CONFLICT (name) DO NOTHING;
 
 -- name: seed_model(provider, model_key, display_name, modality, model_family, endpoint_path, output_format, is_default, tasks, default_for_tasks)!

@@ -18,3 +18,19 @@ ON CONFLICT (model_type, content_mode, generation_mode, name) DO NOTHING;
 -- name: list_negatives()
 SELECT name, model_type, content_mode, generation_mode, negative_prompt, priority, metadata, description
 FROM negative_prompts WHERE is_active ORDER BY priority DESC, name;
+
+-- name: prompt_version()$
+-- Grows with every change of templates and negative prompts.
+SELECT version FROM ourvidz.prompt_version;
+
+-- name: renew_prompts()$
+-- Make every replica read templates and negative prompts anew.
+UPDATE ourvidz.prompt_version SET version = version + 1, changed_at = now() RETURNING version;
+
+-- name: enhancement_model(model_id)^
+SELECT model_key, model_family, modality, is_active FROM api_models WHERE id = :model_id;
+
+-- name: enhancement_preset(name, preset_id)^
+-- By its name or its id.
+SELECT preset_name, enable_qwen, enable_compel, compel_weights, qwen_settings FROM ourvidz.enhancement_presets
+WHERE preset_name = :name OR id = :preset_id;

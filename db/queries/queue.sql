@@ -16,8 +16,8 @@ WHERE h.class = first.class AND h.tag <= first.tag + :window::float8
   AND h.shape = ANY (:shapes::text[]) AND coalesce(h.loras, '{}') <@ :loras::text[]
 ORDER BY h.tag, h.job_id LIMIT :slots::int;
 
--- name: claim(queue, slots, worker, lease_seconds, chosen)
--- Take up to `slots` waiting jobs: the `chosen` ones, then by highest class, fair share and age. Sets owner, lease and
+-- name: claim(queue, slots, worker, lease_seconds, chosen, least_class)
+-- Take up to `slots` waiting jobs of a class or higher: the `chosen` ones, then by highest class, fair share and age. Sets owner, lease and
 -- the next attempt, in the queue alone: the job's own row is written when the run is over, and its event is the record
 -- until then.
 WITH stopped AS MATERIALIZED (
@@ -28,7 +28,7 @@ WITH stopped AS MATERIALIZED (
   FOR UPDATE SKIP LOCKED
 ), picked AS MATERIALIZED (
   SELECT ctid FROM job_queue
-  WHERE queue = :queue AND state = 'ready' AND job_id <> ALL (:chosen::uuid[])
+  WHERE queue = :queue AND state = 'ready' AND class >= :least_class AND job_id <> ALL (:chosen::uuid[])
     AND (start_deadline IS NULL OR start_deadline > now() OR claimed_at IS NOT NULL) AND (deadline IS NULL OR deadline > now())
     AND (avoid_until IS NULL OR avoid_until <= now() OR avoid_worker <> :worker)
     AND NOT EXISTS (SELECT FROM stopped)
@@ -103,13 +103,22 @@ WITH given AS MATERIALIZED (
     AND (g.details -> 'expired' IS NULL OR q.lease_until < clock_timestamp())
   RETURNING q.job_id, q.user_id, q.queue, q.class, q.cost, q.state, q.claimed_at, q.started_at, q.attempt, q.failures, g.n,
             g.status, g.generation_time_ms, g.worker, g.details
+), refunded AS MATERIALIZED (
+  -- what was charged for a job that gave nothing, unless its own input was at fault or its owner stopped it while it ran.
+  -- Before the shares: an acceptance locks a balance, and then a share
+  SELECT ourvidz.refund(ids)
+  FROM (SELECT array_agg(job_id) AS ids FROM gone
+        WHERE (status = 'cancelled' AND state <> 'running')
+           OR (status = 'failed' AND details ->> 'error_code' NOT IN ('invalid_input', 'content_rejected'))) unearned
+  WHERE ids IS NOT NULL
 ), charged AS (
   -- the user was charged what was predicted; in the order of the key, so that two finishers can't lock each other out
   INSERT INTO fair_shares AS f (queue, user_id, class, last_finish)
   SELECT queue, user_id, class, sum(CASE state WHEN 'running'
     THEN coalesce((details ->> 'compute_seconds')::float8,
                   greatest(0, extract(epoch FROM clock_timestamp() - claimed_at)::float8)) - cost ELSE -cost END)
-  FROM gone WHERE state <> 'scheduled' GROUP BY queue, user_id, class ORDER BY queue, user_id, class
+  FROM gone WHERE state <> 'scheduled' AND (SELECT count(*) FROM refunded) >= 0
+  GROUP BY queue, user_id, class ORDER BY queue, user_id, class
   ON CONFLICT (queue, user_id, class) DO UPDATE SET last_finish = f.last_finish + excluded.last_finish / f.weight
 ), ended AS (
   -- the number of the event grows by two: a claim's callback has the one between, and writes it nowhere
@@ -120,6 +129,7 @@ WITH given AS MATERIALIZED (
       failures = g.failures + (g.details -> 'counts' IS NOT NULL)::int,
       error_code = g.details ->> 'error_code', error_message = g.details ->> 'error_message',
       retryable = (g.details ->> 'retryable')::boolean,
+      enhancement_strategy = coalesce(g.details #>> '{settings,enhancement_strategy}', j.enhancement_strategy),
       generation_settings = coalesce(g.details -> 'settings', j.generation_settings), worker = coalesce(g.worker, j.worker),
       generation_time_ms = coalesce(g.generation_time_ms, j.generation_time_ms)
   FROM gone g  -- with what was given, as joining it again would cost the square of a batch
@@ -136,14 +146,16 @@ WITH given AS MATERIALIZED (
 ), stored AS (
   INSERT INTO workspace_assets (id, user_id, job_id, asset_index, attempt, asset_type, temp_storage_path, thumbnail_path,
                                 mime_type, file_size_bytes, width, height, frames, fps, duration_seconds, generation_seed,
-                                original_prompt, model_used, generation_settings, manifest)
+                                original_prompt, model_used, generation_settings, manifest, moderation_status,
+                                moderation_reason)
   SELECT a.id, e.user_id, e.id, a.asset_index, e.attempts, a.asset_type, a.key, a.thumbnail_key,
          a.mime_type, a.file_size_bytes, a.width, a.height, a.frames, a.fps, a.duration_seconds, a.seed,
-         e.original_prompt, a.model_used, coalesce(a.settings, '{}'), a.manifest
+         e.original_prompt, a.model_used, coalesce(a.settings, '{}'), a.manifest, coalesce(a.moderation_status, 'pending'),
+         a.moderation_reason
   FROM (SELECT * FROM ended WHERE details -> 'assets' IS NOT NULL) e CROSS JOIN LATERAL jsonb_to_recordset(e.details -> 'assets') AS a(
     id uuid, asset_index int, asset_type text, key text, thumbnail_key text, mime_type text, file_size_bytes bigint,
     width int, height int, frames int, fps numeric, duration_seconds numeric, seed bigint, model_used text, settings jsonb,
-    manifest jsonb)
+    manifest jsonb, moderation_status text, moderation_reason text)
 ), noted AS (
   INSERT INTO job_events (job_id, user_id, attempt, kind, data)
   SELECT id, user_id, attempts, status,

@@ -19,6 +19,11 @@ async def json_object(request: Request) -> dict[str, Any]:
     return object_of(body)
 
 
+async def optional_object(request: Request) -> dict[str, Any]:
+    """The same, where a body that is empty is one that says nothing."""
+    return await json_object(request) if await request.body() else {}
+
+
 def object_of(body: Any) -> dict[str, Any]:
     """JSON that was read, if it is an object that may be walked through. 400 for anything else."""
     if not isinstance(body, dict):
@@ -45,9 +50,10 @@ def _printable(name: str) -> str:
     return name if name.isprintable() and len(name) <= 100 else "body"
 
 
-def one_of(*dialects: dict[str, Any]) -> dict[str, Any]:
+def one_of(*dialects: dict[str, Any], required: bool = True) -> dict[str, Any]:
     """The request body of such a route, for the OpenAPI document: any of these objects."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": {"anyOf": list(dialects)}}}}}
+    content = {"application/json": {"schema": {"anyOf": list(dialects)}}}
+    return {"requestBody": {"required": required, "content": content}}
 
 
 def dialect(title: str, required: tuple[str, ...], **fields: dict[str, Any]) -> dict[str, Any]:
@@ -60,20 +66,32 @@ SWITCH: dict[str, Any] = {"type": "boolean"}
 COUNT: dict[str, Any] = {"type": "integer"}
 AMOUNT: dict[str, Any] = {"type": "number"}
 CARRIED: dict[str, Any] = {"type": "object"}
+PICTURE: dict[str, Any] = {"type": "string", "format": "uri-reference"}
 
 _PARAMETERS: dict[str, Any] = {
     **dict.fromkeys(("seed", "num_images", "steps", "width", "height", "frames", "fps"), COUNT),
     **dict.fromkeys(("guidance_scale", "shift", "reference_strength", "denoise_strength"), AMOUNT),
-    **dict.fromkeys(("negative_prompt", "scheduler", "aspect_ratio", "compel_weights"), TEXT),
-    **dict.fromkeys(("reference_image_url", "callback_url"), TEXT),
+    **dict.fromkeys(("negative_prompt", "scheduler", "aspect_ratio"), TEXT),
+    **dict.fromkeys(("reference_image_url", "callback_url"), PICTURE),
+    "reference_type": {"type": "string", "enum": ["image", "style", "character", "composition"]},
     "compel_enabled": SWITCH,
+    "compel_weights": {"anyOf": [TEXT, {"type": "object"}]},
+    "enhancement_strategy": {"type": "string", "enum": ["none", "qwen", "compel", "hybrid"]},
     "previews": SWITCH,
     "contentType": {"type": "string", "enum": ["sfw", "nsfw"]},
 }
-_IN_METADATA = CARRIED | {"required": ["prompt"], "properties": {"prompt": TEXT, **_PARAMETERS}}
+_MODES: dict[str, Any] = {
+    **dict.fromkeys(("exact_copy_mode", "skip_enhancement", "user_requested_enhancement"), SWITCH),
+    **dict.fromkeys(("start_reference_url", "end_reference_url"), PICTURE),
+    "reference_mode": {"type": "string", "enum": ["modify", "copy"]},
+    "video_reference_mode": {"type": "string", "enum": ["none", "single", "start", "end", "both"]},
+    "originalEnhancedPrompt": TEXT,
+}
+_IN_METADATA = CARRIED | {"required": ["prompt"], "properties": {"prompt": TEXT, **_PARAMETERS, **_MODES}}
+_BESIDE = CARRIED | {"properties": _MODES}
 QUEUE_JOB = one_of(
     dialect(
-        "snake_case", ("job_type",), job_type=TEXT, prompt=TEXT, enhanced_prompt=TEXT, metadata=CARRIED, **_PARAMETERS
+        "snake_case", ("job_type",), job_type=TEXT, prompt=TEXT, enhanced_prompt=TEXT, metadata=_BESIDE, **_PARAMETERS
     ),
     dialect("camelCase", ("jobType", "metadata"), jobType=TEXT, enhancedPrompt=TEXT, metadata=_IN_METADATA),
 )

@@ -1,6 +1,7 @@
 """Files by signed URL, and the secret that callbacks are signed with."""
 
 import re
+import time
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -36,7 +37,8 @@ async def get_file(
         raise Problem(404, "not_found", "there is no such file") from None
     headers = {
         "Content-Length": str(info.size),
-        "Cache-Control": "private, max-age=3600, immutable",
+        # no longer than the URL: what was withdrawn must not stay in caches
+        "Cache-Control": f"private, max-age={max(0, min(3600, expires - int(time.time())))}, immutable",
         "X-Content-Type-Options": "nosniff",
         "Content-Disposition": f'inline; filename="{key.rpartition("/")[2]}"',
         "Content-Security-Policy": "default-src 'none'; sandbox",

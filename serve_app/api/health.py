@@ -9,6 +9,7 @@ import asyncpg
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 
+from db.limits import SystemConfig
 from db.pool import CONNECTION_FAULTS
 from serve_app.api.auth import EdgeDep
 from serve_app.api.problems import Problem
@@ -26,13 +27,14 @@ async def health() -> dict[str, str]:
     return {"status": "ok", "version": VERSION}
 
 
-@router.get("/readyz", operation_id="ready")
+@router.get("/readyz", operation_id="ready", responses={503: {"model": dict[str, Any], "description": "Not ready"}})
 async def ready(edge: EdgeDep, response: Response) -> dict[str, Any]:
     """Whether jobs can be taken and run: 503 without the database or without a live replica for each model."""
     wanted = [family.value for family in edge.settings.loaded_profile.models]
     try:
         async with asyncio.timeout(READY_SECONDS):
             workers = await edge.workers.list(within_seconds=max(30.0, 4 * edge.settings.renew_seconds))
+            maintenance = await SystemConfig(edge.pool).maintenance()
     except (*CONNECTION_FAULTS, asyncpg.PostgresError):
         response.status_code = 503
         return {"ready": False, "database": "unavailable", "models": {}}
@@ -43,7 +45,8 @@ async def ready(edge: EdgeDep, response: Response) -> dict[str, Any]:
     everything = all(model["ready"] for model in models.values())
     if not everything:
         response.status_code = 503
-    return {"ready": everything, "database": "ok", "models": models}
+    # reads, and what runs, go on in maintenance: nothing is to be routed elsewhere
+    return {"ready": everything, "database": "ok", "maintenance": maintenance, "models": models}
 
 
 @router.get("/metrics", operation_id="metrics", response_class=Response)

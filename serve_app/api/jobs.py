@@ -11,16 +11,19 @@ from db.access import Principal
 from db.idempotency import canonical_body
 from db.jobs import JobRecord, Stage, Status
 from db.pool import as_user
+from db.providers import PROVIDER_QUEUE
 from deployments.storing import BUCKET, REFERENCE_BUCKET
 from models.catalog import Family, resolve
 from models.costs import shape_name
 from models.params import GenerationParams, GivenParams
+from serve_app.admission import Submission
 from serve_app.api.auth import EdgeDep, User
 from serve_app.api.problems import Problem
 from serve_app.api.views import job_view, preview_view
 from serve_app.api.wire import Job, JobBatch, JobList, JobPage, JobRequest, Preview
 from serve_app.edge import Edge
-from serve_app.submission import ENHANCE_SECONDS, Submission, submit, submit_together
+from serve_app.references import LISTED, AskedReference, single_reference
+from serve_app.submission import ENHANCE_SECONDS, numbered, submit, submit_together
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -36,7 +39,7 @@ BatchKey = Annotated[
         description="Repeats of a request with one key make its jobs once.",
     ),
 ]
-PARAMETERS = tuple(set(GivenParams.model_fields) - {"reference"})
+PARAMETERS = tuple((GivenParams.model_fields.keys() & JobRequest.model_fields.keys()) - {"references"})
 
 
 @router.post("", status_code=202, operation_id="createJob", response_model=Job)
@@ -74,10 +77,14 @@ async def create_jobs(
     idempotency_key: BatchKey = None,
 ) -> JobList:
     """Accept several jobs in one transaction: all of them, or none when one is refused."""
+    asked = []
+    for n, job in enumerate(body.jobs):
+        with numbered(n):
+            asked.append(_asked(job, request))
     accepted = await submit_together(
         edge,
         user,
-        [_asked(job, request) for job in body.jobs],
+        asked,
         idempotency_key=idempotency_key,
         body=canonical_body(body.model_dump(exclude_unset=True)),
     )
@@ -157,11 +164,17 @@ async def retry_job(job_id: UUID, edge: EdgeDep, user: User) -> Job:
     record = await owned(edge, user, job_id)
     job_type = resolve(record.job["job_type"])
     enhances = record.job["stage"] == Stage.ENHANCE
-    queue = Family.QWEN.value if enhances else job_type.family.value
+    made_here = record.job["provider"] == "local"
+    queue = Family.QWEN.value if enhances else job_type.family.value if made_here else PROVIDER_QUEUE
     params = GenerationParams.model_validate(record.job["params"])
     cost = ENHANCE_SECONDS if enhances else await edge.predictions.seconds(job_type, params)
     if not await edge.jobs.retry(
-        job_id, queue=queue, cost=cost, shape=shape_name(params), loras=[use.name for use in params.loras]
+        job_id,
+        queue=queue,
+        cost=cost,
+        shape=shape_name(params),
+        loras=[use.name for use in params.loras],
+        exempt=user.is_admin(),
     ):
         raise Problem(409, "not_retryable", f"a job that is {record.status} can't be retried")
     edge.notifier.queue(queue)
@@ -182,10 +195,8 @@ def _asked(body: JobRequest, request: Request) -> Submission:
         job_type=body.job_type,
         given={name: getattr(body, name) for name in PARAMETERS},
         enhance=body.enhance,
-        reference_url=body.reference_image_url,
-        reference_strength=body.reference_strength,
-        reference_kind=body.reference_type,
-        mask_url=body.mask_image_url,
+        strategy=body.enhancement_strategy,
+        references=_references(body),
         callback_url=body.callback_url,
         callback_events=list(body.callback_events) if body.callback_events else None,
         interactive=body.priority == "interactive",
@@ -194,6 +205,24 @@ def _asked(body: JobRequest, request: Request) -> Submission:
         deadline_seconds=body.deadline_seconds,
         metadata=body.metadata,
         traceparent=request.headers.get("traceparent"),
+    )
+
+
+def _references(body: JobRequest) -> tuple[AskedReference, ...]:
+    parts = (body.reference_image_url, body.reference_type, body.reference_strength, body.mask_image_url)
+    if body.references is None:
+        return single_reference(*parts)
+    if any(part is not None for part in parts):
+        raise Problem(422, "conflict", "is given beside a single reference", field="references")
+    return tuple(
+        AskedReference(
+            image=one.image,
+            kind=one.type,
+            strength=one.strength,
+            mask=one.mask,
+            names={part: f"references.{n}.{name}" for part, name in LISTED.items()},
+        )
+        for n, one in enumerate(body.references)
     )
 
 

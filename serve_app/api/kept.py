@@ -13,7 +13,15 @@ from db.library import LibraryItem as ItemRow
 from db.library import WorkspaceAsset as AssetRow
 from db.uploads import UPLOAD_BUCKET
 from db.uploads import Upload as UploadRow
-from deployments.library import AssetFileMissing, AssetNotFound, CollectionNotFound, ItemNotFound, Library
+from deployments.library import (
+    AssetFileMissing,
+    AssetNotFound,
+    CollectionNotFound,
+    ItemNotFound,
+    LabelRefused,
+    Library,
+    NotPublishable,
+)
 from serve_app.api.problems import Problem
 from serve_app.api.wire_assets import LibraryItem, SignedUrl, Upload, WorkspaceAsset
 from serve_app.edge import Edge
@@ -34,7 +42,9 @@ def library_of(edge: Edge) -> Library:
 
 
 @contextmanager
-def problems(asset: str = "asset_id", item: str = "item_id", collection: str = "collection_id") -> Iterator[None]:
+def problems(
+    asset: str = "asset_id", item: str = "item_id", collection: str = "collection_id", title: str = "title"
+) -> Iterator[None]:
     """Answer what can't be done as a problem that names the field which the caller gave."""
     try:
         yield
@@ -47,14 +57,19 @@ def problems(asset: str = "asset_id", item: str = "item_id", collection: str = "
     except AssetFileMissing:
         message = "the file is gone from the store, or is not the one that was stored"
         raise Problem(410, "asset_file_missing", message, field=asset) from None
+    except LabelRefused as error:
+        field = title if error.label == "custom_title" else error.label
+        raise Problem(422, error.code, str(error), field=field) from None
+    except NotPublishable:
+        raise Problem(409, "not_publishable", "moderation has rejected it", field="visibility") from None
 
 
-def position(before: str | None) -> Position | None:
+def position(before: str | None, field: str = "before") -> Position | None:
     """Where a page begins. 422 for what no page gave."""
     try:
         return None if before is None else Position.parse(before)
     except ValueError:
-        raise Problem(422, "choice", "must be the `next` of a page", field="before") from None
+        raise Problem(422, "choice", "must be the `next` of a page", field=field) from None
 
 
 def asset_view(row: AssetRow, signer: UrlSigner, seconds: int) -> WorkspaceAsset:
@@ -105,6 +120,8 @@ def _result(row: Kept, bucket: str, signer: UrlSigner, seconds: int) -> dict[str
         "prompt": row.original_prompt,
         "created_at": row.created_at,
         "fault": row.fault,
+        "moderation_status": row.moderation_status,
+        "moderation_reason": row.moderation_reason,
     }
 
 

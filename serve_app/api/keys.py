@@ -18,8 +18,8 @@ router = APIRouter(prefix="/v1", tags=["access"])
 async def create_key(body: CreateKey, edge: EdgeDep, admin: Admin) -> Key:
     """Make a key for a user, who is made when new. The key itself is in this answer and nowhere else."""
     expires = datetime.now(UTC) + timedelta(days=body.expires_in_days) if body.expires_in_days else None
-    user_id = await edge.access.ensure_user(body.username, body.role)
-    made = key_view(await edge.access.create_key(user_id, body.name, expires))
+    user_id = await edge.access.ensure_user(body.username, body.role, admin.user_id)
+    made = key_view(await edge.access.create_key(user_id, body.name, expires, admin.user_id))
     return made.model_copy(update={"username": body.username})
 
 
@@ -36,7 +36,7 @@ async def list_keys(edge: EdgeDep, user: User, all: bool = False) -> KeyList:
 async def revoke_key(key_id: UUID, edge: EdgeDep, user: User) -> Key:
     """End a key at once: your own, or as an admin anybody's."""
     own = {key.id for key in await edge.access.list_keys(user.user_id)}
-    key = await edge.access.revoke_key(key_id) if key_id in own or user.is_admin() else None
+    key = await edge.access.revoke_key(key_id, user.user_id) if key_id in own or user.is_admin() else None
     if key is None:
         raise Problem(404, "key_not_found", "there is no such key")
     return key_view(key)

@@ -7,19 +7,21 @@ from typing import Any
 
 import asyncpg
 import structlog
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 
 from db.blobs import BlobNotFound, StorageUnavailable
 from db.idempotency import IdempotencyConflict, IdempotencyInFlight
+from db.limits import LimitReached
 from db.pool import CONNECTION_FAULTS, DatabaseUnavailable
 from deployments.destinations import EgressError
 from models.catalog import RequestRefused
 from models.engine import InvalidInput
 from models.params import InvalidParams
-from serve_app.api.wire import FieldProblem
+from serve_app.api.wire import FieldProblem, FunctionProblem
 from serve_app.api.wire import Problem as ProblemDocument
 
 log = structlog.get_logger()
@@ -27,6 +29,7 @@ log = structlog.get_logger()
 TITLES = {
     400: "Bad request",
     401: "Not authenticated",
+    402: "Not enough credits",
     403: "Not allowed",
     404: "Not found",
     405: "Method not allowed",
@@ -94,6 +97,10 @@ def problem_of(error: Exception) -> Problem:
             return Problem(
                 409, error.code, "a request with this Idempotency-Key is being accepted", headers={"Retry-After": "1"}
             )
+        case LimitReached():
+            status = {"maintenance": 503, "credits_exhausted": 402}.get(error.code, 429)
+            headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+            return Problem(status, error.code, error.message, field=error.setting, headers=headers)
         case EgressError():
             return Problem(422, error.code, str(error))
         case BlobNotFound():
@@ -132,13 +139,9 @@ def _validation(error: RequestValidationError) -> Problem:
 def respond(problem: Problem, path: str) -> Response:
     """The answer of a problem: a problem document, or under /functions/ the older shape that its clients read."""
     if path.startswith("/functions/"):
-        document = {
-            "success": False,
-            "error": problem.detail,
-            "details": problem.detail,
-            "code": problem.code,
-            "errors": [error.model_dump() for error in problem.errors],
-        }
+        document = FunctionProblem(
+            error=problem.detail, details=problem.detail, code=problem.code, errors=problem.errors
+        ).model_dump()
         # those clients know no 422: what is wrong with a request is 400 there
         status = 400 if problem.status == 422 else problem.status
         return JSONResponse(document, status_code=status, headers=problem.headers)
@@ -150,7 +153,7 @@ def respond(problem: Problem, path: str) -> Response:
     )
 
 
-def install(app: FastAPI) -> None:
+def install(app: Starlette) -> None:
     """Answer every error of an app as a problem."""
 
     async def handle(request: Request, error: Exception) -> Response:
@@ -165,6 +168,7 @@ def install(app: FastAPI) -> None:
         InvalidInput,
         IdempotencyConflict,
         IdempotencyInFlight,
+        LimitReached,
         EgressError,
         BlobNotFound,
         StorageUnavailable,
@@ -180,18 +184,34 @@ def install(app: FastAPI) -> None:
 
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
     status: {"model": ProblemDocument, "description": TITLES[status]}
-    for status in (400, 401, 403, 404, 409, 413, 415, 422, 503)
+    for status in (400, 401, 402, 403, 404, 409, 413, 415, 422, 429, 503)
 }
 """The errors that any operation may answer, for the OpenAPI document."""
 
 
 def name_media_type(document: dict[str, Any]) -> None:
-    """Say in an OpenAPI document that problems are application/problem+json, which FastAPI can't be told."""
+    """Say in an OpenAPI document what errors look like, which FastAPI can't be told: application/problem+json, and the
+    older shape under /functions/."""
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for path, item in document["paths"].items():
+        older = path.startswith("/functions/")
         for operation in item.values():
-            if path.startswith("/functions/"):
-                operation.get("responses", {}).pop("422", None)  # `respond` makes it 400
-            for answer in operation.get("responses", {}).values():
+            answers = operation.get("responses", {})
+            if older:
+                answers.pop("422", None)  # `respond` makes it 400
+                schemas["FunctionProblem"] = FunctionProblem.model_json_schema(ref_template=_REFERENCE)
+                schemas["FunctionProblem"].pop("$defs")  # the other errors have it too
+            for answer in answers.values():
                 content = answer.get("content", {})
-                if content.get("application/json", {}).get("schema", {}).get("$ref", "").endswith("/Problem"):
-                    content["application/problem+json"] = content.pop("application/json")
+                for media_type, body in list(content.items()):
+                    if body.get("schema", {}).get("$ref", "").endswith("/Problem"):
+                        del content[media_type]
+                        if older:
+                            content["application/json"] = {
+                                "schema": {"$ref": _REFERENCE.format(model="FunctionProblem")}
+                            }
+                        else:
+                            content["application/problem+json"] = body
+
+
+_REFERENCE = "#/components/schemas/{model}"

@@ -45,6 +45,7 @@ def job_view(
         prompt=row["original_prompt"],
         enhanced_prompt=row["enhanced_prompt"],
         enhancement=row["enhancement"],
+        enhancement_strategy=row["enhancement_strategy"],
         params=row["params"],
         adjustments=[Adjusted(**a) for a in row["adjustments"]],
         settings=row["generation_settings"],
@@ -117,6 +118,8 @@ def asset_view(row: Mapping[str, Any], job_id: str, signer: UrlSigner, base: str
         seed=row["generation_seed"],
         model=row["model_used"],
         expires_at=row["expires_at"],
+        moderation_status=row["moderation_status"],
+        moderation_reason=row["moderation_reason"],
         manifest_url=f"{base}/v1/jobs/{job_id}/assets/{row['asset_index']}/manifest" if row["has_manifest"] else None,
     )
 

@@ -6,6 +6,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, Field
 
+from serve_app.api.wire_moderation import ModerationStatus
 from serve_app.api.wire_requests import CallbackEvent as CallbackEvent
 from serve_app.api.wire_requests import CreateKey as CreateKey
 from serve_app.api.wire_requests import JobBatch as JobBatch
@@ -49,6 +50,8 @@ class Asset(BaseModel):
     seed: int | None
     model: str
     expires_at: datetime
+    moderation_status: ModerationStatus = Field(description="What is not approved is seen by you and the moderators.")
+    moderation_reason: str | None = Field(description="Why, as a code; null where nobody has judged it.")
     manifest_url: str | None = Field(None, description="What the file was made from and by. Wants your key.")
 
 
@@ -115,6 +118,9 @@ class Job(BaseModel):
     content_mode: Literal["sfw", "nsfw"]
     prompt: str
     enhanced_prompt: str | None
+    enhancement_strategy: str | None = Field(
+        None, description="none, qwen, compel or hybrid: what was asked, and once the job has run, what was done."
+    )
     enhancement: dict[str, Any] | None = Field(description="How the prompt was enhanced, and whether that fell back.")
     params: dict[str, Any]
     adjustments: list[Adjusted]
@@ -171,6 +177,16 @@ class Problem(BaseModel):
     status: int
     detail: str | None = None
     instance: str | None = None
+    code: str
+    errors: list["FieldProblem"] = []
+
+
+class FunctionProblem(BaseModel):
+    """An error of the /functions routes, in the shape that their clients read. `details` repeats `error`."""
+
+    success: Literal[False] = False
+    error: str
+    details: str
     code: str
     errors: list["FieldProblem"] = []
 

@@ -6,11 +6,14 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from serve_app.api.wire_moderation import ModerationStatus
+
 PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 
 Title = Annotated[str, Field(max_length=200, pattern=PRINTABLE)]
 Tag = Annotated[str, Field(min_length=1, max_length=100, pattern=PRINTABLE)]
 Tags = Annotated[list[Tag], Field(max_length=50)]
+Visibility = Literal["private", "unlisted", "public"]
 Fault = Literal["missing", "size"]
 
 
@@ -36,6 +39,8 @@ class _Result(BaseModel):
     fault: Fault | None = Field(
         description="What the reconciler found wrong with the file; null where nothing is known."
     )
+    moderation_status: ModerationStatus = Field(description="What is not approved is seen by you and the moderators.")
+    moderation_reason: str | None = Field(description="Why, as a code; null where nobody has judged it.")
 
 
 class WorkspaceAsset(_Result):
@@ -58,7 +63,7 @@ class LibraryItem(_Result):
     tags: list[str]
     is_favorite: bool
     collection_id: UUID | None
-    visibility: Literal["private", "unlisted", "public"]
+    visibility: Visibility
     updated_at: datetime
 
 
@@ -95,6 +100,9 @@ class ChangeItem(BaseModel):
     tags: Tags = []
     is_favorite: bool = False
     collection_id: Annotated[UUID, Field(strict=False)] | None = None
+    visibility: Visibility = Field(
+        "private", description="Who else sees it once moderation lets it through: nobody, whoever knows its id, or all."
+    )
 
 
 class SignedUrl(BaseModel):

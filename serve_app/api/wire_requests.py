@@ -1,14 +1,28 @@
 """What goes over the wire under /v1: the bodies of requests."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.loras import LoraUse
+from models.reference import ReferenceKind
 
 PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 CallbackEvent = Literal["processing", "completed", "failed", "cancelled"]
+KINDS = len(get_args(ReferenceKind))
+Picture = Annotated[str, Field(max_length=2048, json_schema_extra={"format": "uri-reference"})]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86400, allow_inf_nan=False)]
+
+
+class ReferenceRequest(BaseModel):
+    """A picture that steers the job, each in a way of its own."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: ReferenceKind = Field("image", description="What it is for; an `image` is what the job starts from.")
+    image: Picture = Field(description="A URL, or a path or an id of a picture of yours here.")
+    strength: float | None = Field(None, description="0.1 to 1.0: how much of it stays. Frames have none.")
+    mask: Picture | None = Field(None, description="A mask, for an `image` only.")
 
 
 class JobRequest(BaseModel):
@@ -49,17 +63,30 @@ class JobRequest(BaseModel):
     scheduler: str | None = None
     shift: float | None = None
     compel_enabled: bool | None = None
+    compel_weights: dict[str, Any] | str | None = Field(
+        None,
+        description="quality, detail and style from 0.5 to 2, nsfw from 0 to 2, up to 6 `terms`; or a list "
+        "`(term:1.2), (term:0.8)`. Needs compel_enabled.",
+    )
+    enhancement_strategy: Literal["none", "qwen", "compel", "hybrid"] | None = Field(
+        None, description="`enhance` and `compel_enabled` in one word."
+    )
     content_mode: Literal["sfw", "nsfw"] | None = None
     previews: bool | None = Field(None, description="Show small pictures of the job while it is denoised.")
     reproducible: bool | None = Field(None, description="Share no forward with other jobs: nothing moves its pixels.")
     loras: list[LoraUse] | None = Field(None, description="At most 5 LoRAs that the operator has registered, weighted.")
-    reference_image_url: str | None = Field(None, max_length=2048, description="An image to start from (SDXL).")
+    reference_image_url: Picture | None = Field(
+        None, description="A single reference: a URL, or a path or an id of a picture of yours here."
+    )
     reference_strength: float | None = Field(None, description="0.1 to 1.0: how much of the reference stays.")
-    reference_type: Literal["style", "composition", "character"] | None = None
-    mask_image_url: str | None = Field(
-        None,
-        max_length=2048,
-        description="A mask for the reference image, of its proportions: what is white is made anew (SDXL).",
+    reference_type: ReferenceKind | None = Field(
+        None, description="What it is for; an `image` to start from, if left out."
+    )
+    mask_image_url: Picture | None = Field(
+        None, description="A mask for the reference image, of its proportions: what is white is made anew (SDXL)."
+    )
+    references: list[ReferenceRequest] | None = Field(
+        None, min_length=1, max_length=KINDS, description="Several references, one of each type at most."
     )
     callback_url: str | None = Field(None, max_length=2048)
     callback_events: list[CallbackEvent] | None = Field(None, min_length=1)

@@ -65,7 +65,7 @@ async def workspace_actions(request: Request, edge: EdgeDep, user: User) -> Work
         field = name if name.isprintable() and len(name) <= 100 else "body"
         raise Problem(400, "unknown", f"{action} has no such field", field=field)
     library = library_of(edge)
-    with problems("assetId", "libraryAssetId", "collectionId"):
+    with problems("assetId", "libraryAssetId", "collectionId", "customTitle"):
         match action:
             case "save_to_library":
                 saved = await library.save(user.user_id, _uuid(body, "assetId"), _labels(body))

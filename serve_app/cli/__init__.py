@@ -12,6 +12,7 @@ from deployments.logs import configure_logs
 from serve_app.cli import (
     backup,
     clusters,
+    config,
     endpoints,
     installation,
     jobs,
@@ -59,7 +60,7 @@ app.add_typer(endpoints.app, name="endpoints")
 app.add_typer(keys.app, name="keys")
 app.add_typer(retention.users, name="users")
 app.add_typer(training.app, name="training")
-app.add_typer(installation.config, name="config")
+app.add_typer(config.config, name="config")
 
 
 def main() -> None:

@@ -294,6 +294,7 @@ LINKS = {  # what a client or an operator gives, and no file is known by
     "jobs.callback_url",
     "api_models.endpoint_path",
     "api_models.model_key",
+    "api_usage_logs.endpoint_path",
     "api_providers.base_url",
     "api_providers.docs_url",
     "character_scenes.image_url",

@@ -21,6 +21,7 @@ import pytest
 
 from db.pool import PLANNER, as_user, open_pool, queries
 from tests.conftest import with_database
+from tests.db.test_queue import new_job
 
 RUNNING, WORKER = 40, UUID(int=0xABC)  # as filled.sql has them
 CUSTOM, GENERIC = "force_custom_plan", "force_generic_plan"
@@ -142,7 +143,7 @@ async def running(connection: asyncpg.Connection, count: int) -> list[UUID]:
 @BOTH_PLANS
 async def test_claim_reads_a_handful_of_pages_behind_any_backlog(filled: asyncpg.Connection, mode: str) -> None:
     plan = await explain(
-        filled, "queue", "claim", mode, queue="sdxl", slots=1, worker=WORKER, lease_seconds=30, chosen=[]
+        filled, "queue", "claim", mode, queue="sdxl", slots=1, worker=WORKER, lease_seconds=30, chosen=[], least_class=0
     )
     assert plan.whole_scans("job_queue") == plan.whole_scans("jobs") == 0
     assert plan.sorted_rows <= 1  # the answer, never the queue
@@ -153,7 +154,7 @@ async def test_claim_reads_a_handful_of_pages_behind_any_backlog(filled: asyncpg
 @BOTH_PLANS
 async def test_claim_costs_by_the_job_and_not_by_the_queue(filled: asyncpg.Connection, mode: str) -> None:
     plan = await explain(
-        filled, "queue", "claim", mode, queue="wan", slots=4, worker=WORKER, lease_seconds=30, chosen=[]
+        filled, "queue", "claim", mode, queue="wan", slots=4, worker=WORKER, lease_seconds=30, chosen=[], least_class=0
     )
     assert plan.nodes[0]["Actual Rows"] == 4
     assert plan.whole_scans("job_queue") == plan.whole_scans("jobs") == 0
@@ -165,7 +166,7 @@ async def test_claim_costs_by_the_job_and_not_by_the_queue(filled: asyncpg.Conne
 @BOTH_PLANS
 async def test_claim_of_an_empty_queue_reads_almost_nothing(filled: asyncpg.Connection, mode: str) -> None:
     plan = await explain(
-        filled, "queue", "claim", mode, queue="qwen", slots=4, worker=WORKER, lease_seconds=30, chosen=[]
+        filled, "queue", "claim", mode, queue="qwen", slots=4, worker=WORKER, lease_seconds=30, chosen=[], least_class=0
     )
     assert plan.nodes[0]["Actual Rows"] == 0
     assert plan.buffers <= 12
@@ -212,6 +213,27 @@ async def test_the_end_of_a_run_is_found_by_its_key(filled: asyncpg.Connection, 
     assert plan.whole_scans("job_queue") == plan.whole_scans("jobs") == plan.whole_scans("callback_outbox") == 0
     assert plan.removed <= RUNNING
     assert plan.buffers <= 100
+
+
+@BOTH_PLANS
+async def test_accepting_under_every_limit_reads_no_past_and_no_backlog(filled: asyncpg.Connection, mode: str) -> None:
+    row = {name: value for name, value in new_job(UUID(int=5)).to_row().items() if value is not None}
+    given = {"rows": json.dumps([row | {"submission": 0}], default=str)}
+    free = await explain(filled, "jobs", "accept", mode, **given)
+    limits = {"maxJobsPerUser": 1000, "maxJobsPerHour": 1000, "rateLimitRequestsPerMinute": 1000, "chargeCredits": True}
+    change = "UPDATE system_config SET config = $1::text::jsonb"
+    past = """INSERT INTO usage_logs (user_id, action, created_at)
+              SELECT $1, 'past', now() - n * interval '1 hour' FROM generate_series(1, 5000) n"""
+    await filled.execute(past, UUID(int=5))
+    await filled.execute(change, json.dumps(limits))
+    try:
+        limited = await explain(filled, "jobs", "accept", mode, **given)
+    finally:
+        await filled.execute(change, "{}")
+        await filled.execute("DELETE FROM usage_logs WHERE action = 'past'")
+    assert free.buffers <= 60, "in all: the job, its place, its event, its charge, their indexes"
+    assert limited.buffers <= free.buffers + 80, "at most, for a first job: a quota row is made, a balance charged"
+    assert limited.whole_scans("jobs") == limited.whole_scans("job_queue") == limited.whole_scans("usage_logs") == 0
 
 
 @BOTH_PLANS

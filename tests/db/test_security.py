@@ -36,6 +36,8 @@ OWN = (  # tables of which a user sees the own rows
     "reference_uploads",
 )
 HIDDEN = (  # tables that no user sees at all
+    "ourvidz.open_jobs",
+    "ourvidz.user_quotas",
     "queues",
     "fair_shares",
     "idempotency_keys",
@@ -48,8 +50,14 @@ HIDDEN = (  # tables that no user sees at all
     "erasures",
     "imported_jobs",
     "message_keys",
+    "job_destinations",
+    "job_destinations",
+    "ourvidz.open_jobs",
+    "ourvidz.user_quotas",
+    "ourvidz.provider_predictions",
+    "ourvidz.prompt_version",
 )
-FIXED_PATH = re.compile(r"search_path=.*\bpg_temp")
+FIXED_PATH = re.compile(r"search_path=(\"\"|.*\bpg_temp)")  # or none, where every name is whole
 OWNER_COLUMN = {"profiles": "id"}
 # the columns that a user may read, where not all of them are
 COLUMNS = {

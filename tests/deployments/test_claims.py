@@ -92,6 +92,34 @@ async def test_no_more_jobs_are_taken_than_there_are_slots(desk: Desk) -> None:
     assert hands.most == 2
 
 
+async def test_interactive_jobs_come_in_beside_background_ones(desk: Desk) -> None:
+    await desk.accept(5, klass=0)
+    hands = Hands(desk)
+    async with looping(desk, hands, slots=2) as loop:
+        background = [await hands.take(), await hands.take()]
+        urgent = await desk.accept(3, klass=1)
+        loop.wake()
+        taken = [await hands.take(), await hands.take()]
+        assert [held.claim.job_id for held in taken] == urgent[:2]  # no more of them than there are slots
+        hands.finish(background[0])
+        hands.finish(taken[0])
+        assert (await hands.take()).claim.job_id == urgent[2]
+        for held in [background[1], taken[1]]:
+            hands.finish(held)
+        await desk.until("SELECT count(*) = 4 FROM jobs WHERE status = 'completed'")
+
+
+async def test_a_single_slot_is_not_shared(desk: Desk) -> None:
+    await desk.accept(1, klass=0)
+    hands = Hands(desk)
+    async with looping(desk, hands, slots=1, poll_seconds=0.05):
+        background = await hands.take()
+        await desk.accept(1, klass=1)
+        hands.finish(background)
+        assert (await hands.take()).claim.klass == 1
+    assert hands.most == 1
+
+
 async def test_a_free_slot_takes_the_next_job_without_a_poll(desk: Desk) -> None:
     ids = await desk.accept(3)
     hands = Hands(desk)

@@ -113,7 +113,10 @@ async def test_a_job_is_enhanced_and_moves_on(desk: Desk, settings: Settings) ->
         True,
         "gibberish",
     )
-    assert (row["enhancement_strategy"], row["template_name"]) == ("rule_based", "SDXL_FAST")
+    # of the strategies of a job, in which rules have no place; the account says what stood in
+    assert (row["enhancement_strategy"], row["template_name"]) == ("none", "SDXL_FAST")
+    assert account["tiers"][-1] == {"name": "rule_based", "outcome": "used", "reason": None}
+    assert account["template_selection"]["misfits"] == []
     assert account["model_used"] == "tiny-qwen" or account["model_used"] is None
     assert account["new_tokens"] > 0
     assert row["enhancement_time_ms"] >= 0
@@ -181,6 +184,58 @@ async def test_an_operators_template_is_used(desk: Desk, settings: Settings) -> 
     )
     async with serving(settings) as enhancer:
         assert (await enhancer.enhance(asked())).template_name == "HOUSE_STYLE"
+
+
+async def test_an_edited_template_is_used_by_the_next_enhancement(desk: Desk, settings: Settings) -> None:
+    async with serving(settings) as enhancer:
+        first, second = await enhancer.enhance(asked()), await enhancer.enhance(asked())
+        assert (first.template_cache_hit, second.template_cache_hit, first.token_limit) == (False, True, 75)
+        await desk.database.pool.execute(
+            "UPDATE prompt_templates SET token_limit = 40 WHERE template_name = 'SDXL_FAST'"
+        )
+        edited = await enhancer.enhance(asked())
+    assert (edited.template_cache_hit, edited.token_limit) == (False, 40)
+
+
+async def test_a_job_without_a_template_goes_on_with_its_own_words(desk: Desk, settings: Settings) -> None:
+    await desk.database.pool.execute("UPDATE prompt_templates SET is_active = false")
+    async with serving(settings):
+        row = await moved(desk, await accept(desk))
+    assert (row["enhanced_prompt"], row["template_name"]) == (PROMPT, None)
+    account = row["enhancement"]
+    assert (account["strategy"], account["fallback_used"]) == ("no_template_available", True)
+    assert (row["stage"], row["enhancement_strategy"]) == ("generate", "none")
+
+
+async def test_a_job_with_weights_may_fill_more_windows_and_is_judged_with_their_terms(
+    desk: Desk, settings: Settings
+) -> None:
+    await desk.database.pool.execute("UPDATE prompt_templates SET token_limit = 200 WHERE template_name = 'SDXL_FAST'")
+    long = " ".join(["cat"] * 120)
+    weighted = {"prompt": long, "seed": 7, "steps": 1, "compel_enabled": True}
+    async with serving(settings):
+        wide = await moved(desk, await accept(desk, original_prompt=long, params=weighted))
+        narrow = await moved(desk, await accept(desk, original_prompt=long))
+        refused = await accept(
+            desk,
+            original_prompt="a toddler",
+            params=weighted | {"compel_weights": {"terms": [{"term": "nude", "weight": 1.2}]}},
+        )
+        await desk.until("SELECT status = 'failed' FROM jobs WHERE id = $1", refused)
+    assert (wide["enhancement"]["token_limit"], wide["enhancement"]["compression_applied"]) == (200, False)
+    assert (narrow["enhancement"]["token_limit"], narrow["enhancement"]["compression_applied"]) == (75, True)
+    assert wide["enhancement_strategy"] == "compel"
+    assert await desk.status(refused) == ("failed", "content_rejected")
+
+
+async def test_a_prompt_whose_reader_can_not_be_read_stays_as_it_is(
+    settings: Settings, tmp_path: Path, desk: Desk
+) -> None:
+    gone = NO_LANGUAGE_MODEL.replace("source: tiny", "source: /nonexistent/sdxl")
+    async with serving(with_profile(settings, tmp_path, gone)) as enhancer:
+        result = await enhancer.enhance(asked())
+    assert (result.strategy, result.fallback_reason) == ("original", "tokenizer_unavailable")
+    assert (result.enhanced_prompt, result.tokens) == (PROMPT, None)
 
 
 async def test_a_cancelled_stage_ends_the_job(desk: Desk, settings: Settings) -> None:

@@ -63,10 +63,10 @@ async def submit(desk: Desk, settings: Settings, name: str = "sdxl_image_fast", 
     """A job as the API would accept it."""
     own = {key: changes.pop(key) for key in list(changes) if key in NewJob.__dataclass_fields__}
     job_type = resolve(name)
-    defaults = settings.loaded_profile.models[job_type.family].defaults
-    assert defaults is not None
+    spec = settings.loaded_profile.models[job_type.family]
+    assert spec.defaults is not None
     given = {"prompt": PROMPT, "seed": 7, "steps": 2} | changes
-    params = resolve_params(job_type, GivenParams(**given), defaults).params
+    params = resolve_params(job_type, GivenParams(**given), spec.defaults, methods=spec.reference_methods).params
     job = NewJob(
         **{
             "id": UUID(int=uuid7().int),
@@ -226,6 +226,30 @@ async def test_a_reference_is_read_from_the_store(desk: Desk, settings: Settings
     assert (await desk.database.pool.fetchrow("SELECT failures, retryable FROM jobs WHERE id = $1", gone))[1] is False
 
 
+async def test_references_of_every_kind_are_read_from_the_store(desk: Desk, settings: Settings) -> None:
+    blobs = BlobStore.from_url(settings.blobs())
+    buffer = io.BytesIO()
+    Image.new("RGB", (160, 90), "orange").save(buffer, "PNG")
+    kinds = ("image", "style", "character", "composition", "start_frame")
+    for kind in kinds:
+        await blobs.put("reference_images", f"u/{kind}.png", buffer.getvalue(), "image/png")
+    *of_image, of_video = ({"bucket": "reference_images", "key": f"u/{kind}.png", "kind": kind} for kind in kinds)
+    async with serving(settings):
+        kept = await submit(desk, settings, references=of_image, steps=4)
+        gone = await submit(desk, settings, references=[of_image[1] | {"key": "u/gone.png"}])
+        video = await submit(desk, settings, "video_fast", references=[of_video], frames=17)
+        assert await ended(desk, kept) == "completed"
+        assert await ended(desk, gone) == "failed"
+    async with serving(settings, "wan"):
+        assert await ended(desk, video) == "completed"
+    query = "SELECT generation_settings -> 'references' FROM jobs WHERE id = $1"
+    assert (await desk.database.pool.fetchval(query, kept)).keys() == set(kinds[:4])
+    assert (await desk.database.pool.fetchval(query, video)).keys() == {"start_frame"}
+    manifest = await desk.database.pool.fetchval("SELECT manifest FROM workspace_assets WHERE job_id = $1", kept)
+    assert manifest["parameters"]["references"].keys() == set(kinds[:4])
+    assert await desk.status(gone) == ("failed", "reference_gone")
+
+
 async def test_a_mask_is_read_from_the_store(desk: Desk, settings: Settings) -> None:
     blobs = BlobStore.from_url(settings.blobs())
     for key, colour in {"u/r.png": "orange", "u/r.mask.png": "white"}.items():
@@ -239,7 +263,9 @@ async def test_a_mask_is_read_from_the_store(desk: Desk, settings: Settings) -> 
         gone = await submit(desk, settings, reference=reference | {"mask": mask | {"key": "u/gone.png"}}, steps=4)
         assert await ended(desk, kept) == "completed"
         assert await ended(desk, gone) == "failed"
-    used = await desk.database.pool.fetchval("SELECT generation_settings -> 'reference' FROM jobs WHERE id = $1", kept)
+    used = await desk.database.pool.fetchval(
+        "SELECT generation_settings #> '{references,image}' FROM jobs WHERE id = $1", kept
+    )
     assert used["mask"] == {"width": 160, "height": 90, "repainted": 1.0}
     assert await desk.status(gone) == ("failed", "reference_gone")
 

@@ -2,8 +2,6 @@
 
 import base64
 import json
-import shutil
-import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from db.callbacks import Delivery, SigningKey
 from deployments.signatures import CallbackSecrets
+from tests import javascript
 
 SECRETS = CallbackSecrets(b"m" * 32)
 ENDPOINT = UUID("0192a5b8-1c3d-7e4f-8a9b-0c1d2e3f4a5b")
@@ -155,47 +154,31 @@ def test_short_master_is_refused() -> None:
 # --------------------------------------------------------------------------------------------------- JavaScript
 
 
-@pytest.fixture(scope="module")
-def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the official JavaScript library, from npm. Skips only where there is no Node at all."""
-    npm = shutil.which("npm")
-    if npm is None or shutil.which("node") is None:
-        pytest.skip("node and npm are not installed")
-    folder = tmp_path_factory.mktemp("javascript")
-    install = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "standardwebhooks@1"]
-    done = subprocess.run(install, cwd=folder, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    shutil.copy(Path(__file__).with_name("verify.js"), folder)
-    return folder
-
-
 def by_javascript(folder: Path, verifying: str, headers: dict[str, str], body: bytes = BODY) -> tuple[Any, str]:
     """What the library made of the message, and what it complained about."""
-    message = json.dumps({"key": verifying, "headers": headers, "body": body.decode()})
-    done = subprocess.run(
-        ["node", "verify.js"], cwd=folder, input=message, capture_output=True, text=True, encoding="utf-8", timeout=60
-    )
+    message = {"key": verifying, "headers": headers, "body": body.decode()}
+    done = javascript.run(folder, Path(__file__).with_name("verify.js"), message)
     return (json.loads(done.stdout) if done.returncode == 0 else None), done.stderr
 
 
 @EVERY
-def test_official_javascript_library_takes_our_signature_and_no_other(javascript: Path, scheme: str | None) -> None:
+def test_official_javascript_library_takes_our_signature_and_no_other(node_folder: Path, scheme: str | None) -> None:
     rotated = key(scheme, 2, 60.0)
     headers = signed(rotated)
     for verifying in SECRETS.verifying(rotated):
-        assert by_javascript(javascript, verifying, headers) == (json.loads(BODY), "")
+        assert by_javascript(node_folder, verifying, headers) == (json.loads(BODY), "")
     wrong = SECRETS.verifying(key(scheme, 3))[0], headers, BODY
     tampered = SECRETS.verifying(rotated)[0], headers, BODY.replace(b"1.50", b"1.51")
     renamed = SECRETS.verifying(rotated)[0], headers | {"webhook-id": "msg_2"}, BODY
     for refused in (wrong, tampered, renamed):
-        value, complaint = by_javascript(javascript, *refused)
+        value, complaint = by_javascript(node_folder, *refused)
         assert value is None
         assert "No matching signature found" in complaint
 
 
 @pytest.mark.parametrize("seconds", [-301, 301])
-def test_official_javascript_library_refuses_another_time(javascript: Path, seconds: int) -> None:
+def test_official_javascript_library_refuses_another_time(node_folder: Path, seconds: int) -> None:
     headers = signed(key(), at=datetime.now(UTC) + timedelta(seconds=seconds + (2 if seconds > 0 else 0)))
-    value, complaint = by_javascript(javascript, SECRETS.verifying(key())[0], headers)
+    value, complaint = by_javascript(node_folder, SECRETS.verifying(key())[0], headers)
     assert value is None
     assert "timestamp too" in complaint

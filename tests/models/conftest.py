@@ -89,6 +89,16 @@ def expanded(wan_spec: ModelSpec, tiny_root: Path) -> WAN:
     return model
 
 
+def of(kind: str, **changes: Any) -> dict[str, Any]:
+    """A reference of that kind, as parameters."""
+    return {"bucket": "b", "key": f"{kind}.png", "kind": kind} | changes
+
+
+@pytest.fixture(scope="session")
+def of_kind() -> Callable[..., dict[str, Any]]:
+    return of
+
+
 @pytest.fixture
 def image_request() -> Callable[..., GenerationRequest]:
     def make(reference_bytes: bytes | None = None, **changes: Any) -> GenerationRequest:
@@ -104,7 +114,9 @@ def image_request() -> Callable[..., GenerationRequest]:
             "guidance_scale": 6.0,
             "scheduler": "euler",
         }
-        own = {name: changes.pop(name) for name in ("model", "priority", "batch_size", "mask") if name in changes}
+        own = {
+            name: changes.pop(name) for name in ("model", "priority", "batch_size", "mask", "guides") if name in changes
+        }
         return GenerationRequest("job-1", GenerationParams(**fields | changes), reference_bytes, **own)
 
     return make

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from models.costs import Costs, Shape, rows_of, shape_of
+from models.costs import RAISE_AFTER, Costs, Shape, rows_of, shape_of
 from models.engine import Control
 from models.measuring import identity_of, measured
 from models.params import GenerationParams
@@ -82,6 +82,20 @@ def test_want_of_memory_lowers_the_cap() -> None:
     assert (costs.cap(SMALL), costs.cap(LARGE)) == (4, 2)
     costs.lower_cap(SMALL, 1)
     assert costs.cap(SMALL) == 1
+
+
+def test_a_lowered_cap_rises_while_there_is_room() -> None:
+    costs = profile({1: 1.0, 2: 1.1, 4: 1.3, 8: 1.6, 16: 3.1})
+    costs.lower_cap(SMALL, 4)
+    for _ in range(RAISE_AFTER - 1):
+        costs.observe(SMALL, 2, 1.1)
+        costs.observe(SMALL, 1, 1.0)  # smaller ones say nothing of the room
+    assert costs.cap(SMALL) == 2
+    costs.observe(SMALL, 2, 1.1)
+    assert costs.cap(SMALL) == 3
+    for _ in range(20 * RAISE_AFTER):
+        costs.observe(SMALL, costs.cap(SMALL), 1.6)
+    assert costs.cap(SMALL) == 8  # as measured
 
 
 def test_job_takes_its_steps_and_its_decoding() -> None:

@@ -191,6 +191,20 @@ async def test_interactive_goes_before_background(sdxl: SDXL, image_request: Mak
     assert 4 not in gate.rows  # they never shared a forward
 
 
+async def test_interactive_comes_in_where_background_holds_every_slot(sdxl: SDXL, image_request: Make) -> None:
+    gate = Gate(at=4)
+    async with running(sdxl, slots=2) as engine:
+        with before_forwards(sdxl._pipeline.unet, gate):
+            background = [engine.submit(image_request(steps=20, seed=seed, priority=1)) for seed in (1, 2, 3)]
+            await gate.reached()
+            urgent = engine.submit(image_request(steps=9, seed=4))
+            gate.open()
+            await urgent.result()
+            assert [ticket.done for ticket in background] == [False] * 3
+            assert background[2].progress.phase == "waiting"
+            await asyncio.gather(*(ticket.result() for ticket in background))
+
+
 async def test_models_share_an_engine(sdxl: SDXL, wan: WAN, image_request: Make, video_request: Make) -> None:
     async with running(sdxl, wan) as engine:
         picture = engine.submit(image_request(model=sdxl.model_name))

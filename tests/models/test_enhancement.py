@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from models.catalog import Family, Format, Quality
-from models.enhancement import Enhancement, enhance, usable_answer
+from models.catalog import Family
+from models.enhancement import Enhancement, Tier, enhance, strategy_of, usable_answer
 from models.generation import Cancelled
 from models.language import Answer, Completion, FinishReason, Message, Sampling
 from models.policy import ContentRejected
 from models.profile import ModelSpec
-from models.prompts import Template, TokenCounter, builtin_templates, select_template
+from models.prompts import Template, TokenCounter, builtin_templates
 from models.qwen import Qwen
 from models.tiny import ensure_tiny
 
@@ -45,9 +45,13 @@ def qwen(tiny_root: Path) -> Iterator[Qwen]:
     model.close()
 
 
+def named(name: str) -> Template:
+    return next(t for t in builtin_templates() if (t.name, t.content_mode) == (name, "sfw"))
+
+
 @pytest.fixture
 def template() -> Template:
-    return select_template(builtin_templates(), Family.SDXL, Format.IMAGE, Quality.FAST, False, "sfw")[0]
+    return named("SDXL_FAST")
 
 
 def wrote(text: str, finish_reason: FinishReason = "stop") -> Completion:
@@ -112,6 +116,8 @@ def test_usable_answer_judges_what_shortening_would_hide(template: Template, cli
 
 def check(enhancement: Enhancement, counter: TokenCounter) -> None:
     assert enhancement.original_prompt == PROMPT
+    assert enhancement.tokens is not None
+    assert enhancement.token_limit is not None
     assert enhancement.tokens.original == counter.count(PROMPT)
     assert enhancement.tokens.enhanced == counter.count(enhancement.enhanced_prompt) <= enhancement.token_limit
     assert enhancement.execution_time_ms >= 0
@@ -155,8 +161,7 @@ def test_enhance_reports_a_model_that_fails(qwen: Qwen, template: Template, clip
 
 
 def test_enhance_video_adds_motion(umt5: TokenCounter) -> None:
-    template, _ = select_template(builtin_templates(), Family.WAN, Format.VIDEO, Quality.HIGH, True, "sfw")
-    enhancement = enhance(PROMPT, template, None, umt5, "sfw", 1)
+    enhancement = enhance(PROMPT, named("WAN_HIGH_7B"), None, umt5, "sfw", 1)
     check(enhancement, umt5)
     assert (enhancement.template_name, enhancement.token_limit) == ("WAN_HIGH_7B", 250)
     assert "motion" in enhancement.enhanced_prompt
@@ -167,6 +172,7 @@ def test_enhance_shortens_a_prompt_that_is_too_long(template: Template, clip: To
         ", ".join(f"tree {n}" for n in "abcdefghijklmnopqrstuvwxyz") * 3, template, None, clip, "sfw", 1
     )
     assert enhancement.compression_applied
+    assert enhancement.tokens is not None
     assert enhancement.tokens.enhanced <= 75 < enhancement.tokens.original
 
 
@@ -214,3 +220,101 @@ def test_enhance_by_handle_does_not_wait_for_a_busy_model(
     finally:
         model.close()
     assert (enhancement.strategy, enhancement.fallback_reason) == ("rule_based", "model_busy")
+
+
+# --- the tiers
+
+
+def test_enhance_tells_each_tier(qwen: Qwen, template: Template, clip: TokenCounter) -> None:
+    noise = enhance(PROMPT, template, qwen, clip, "sfw", 1)
+    assert noise.tiers == (Tier("qwen", "failed", noise.fallback_reason), Tier("rule_based", "used"))
+
+
+def test_enhance_goes_back_to_the_prompt_where_rules_have_nothing_to_add(
+    template: Template, clip: TokenCounter
+) -> None:
+    """75 words are 75 tokens, which is all that fits."""
+    full = " ".join(["cat"] * 75)
+    enhancement = enhance(full, template, None, clip, "sfw", 1)
+    assert enhancement.tiers == (
+        Tier("qwen", "failed", "model_unavailable"),
+        Tier("rule_based", "failed", "nothing_to_add"),
+        Tier("original", "used"),
+    )
+    assert (enhancement.strategy, enhancement.fallback_reason) == ("original", "model_unavailable")
+    assert enhancement.enhanced_prompt == full
+    assert enhancement.tokens is not None
+    assert (enhancement.tokens.original, enhancement.tokens.enhanced) == (75, 75)
+
+
+@pytest.mark.parametrize("missing", ["template", "tokenizer"])
+def test_enhance_leaves_a_prompt_alone_that_it_can_not_measure(
+    qwen: Qwen, template: Template, clip: TokenCounter, missing: str
+) -> None:
+    if missing == "template":
+        enhancement = enhance(PROMPT, None, qwen, clip, "sfw", 1)
+        assert (enhancement.strategy, enhancement.fallback_reason) == ("no_template_available",) * 2
+        assert enhancement.template_name is None
+    else:
+        enhancement = enhance(PROMPT, template, qwen, None, "sfw", 1)
+        assert (enhancement.strategy, enhancement.fallback_reason) == ("original", "tokenizer_unavailable")
+        assert enhancement.tokens is None
+    assert enhancement.enhanced_prompt == PROMPT
+    assert [tier.outcome for tier in enhancement.tiers] == ["failed", "failed", "used"]
+    assert (enhancement.token_limit, enhancement.new_tokens, enhancement.fallback_used) == (None, 0, True)
+
+
+def test_enhance_says_why_there_is_no_model(template: Template, clip: TokenCounter) -> None:
+    enhancement = enhance(PROMPT, template, None, clip, "sfw", 1, absent="replica_unavailable")
+    assert enhancement.fallback_reason == "replica_unavailable"
+
+
+def test_enhance_gives_the_model_no_more_than_its_time(tiny_root: Path, template: Template, clip: TokenCounter) -> None:
+    """The only place is taken, so the answer can't begin before its time is over."""
+    spec = ModelSpec(
+        family=Family.QWEN, model_name="q", source="tiny", device="cpu", memory_gib=0, disk_gib=0, sequences=1,
+        cache_tokens=4096,
+    )  # fmt: skip
+    model = Qwen(spec, ensure_tiny("qwen", tiny_root))
+    model.load()
+    try:
+        model._model.generation_config.eos_token_id = -1
+        held = model.submit([Message("user", "x")], Sampling(max_new_tokens=3500, temperature=1.0))
+        enhancement = enhance(PROMPT, template, model, clip, "sfw", 1, seconds=0.01)
+        held.cancel()
+    finally:
+        model.close()
+    assert (enhancement.strategy, enhancement.fallback_reason) == ("rule_based", "timed_out")
+
+
+def test_enhance_of_several_windows_keeps_more(template: Template, clip: TokenCounter) -> None:
+    long = " ".join(["cat"] * 100)
+    wide = replace(template, token_limit=300)
+    one, four = (enhance(long, wide, None, clip, "sfw", 1, windows=windows) for windows in (1, 4))
+    assert (one.token_limit, four.token_limit) == (75, 300)
+    assert (one.compression_applied, four.compression_applied) == (True, False)
+    assert one.budget is not None
+    assert one.budget.clamped
+
+
+def test_enhance_judges_what_will_be_read_beside_the_prompt(template: Template, clip: TokenCounter) -> None:
+    with pytest.raises(ContentRejected) as refused:
+        enhance("a portrait of a toddler", template, None, clip, "sfw", 1, beside="nude")
+    assert refused.value.code == "content_minors"
+    assert enhance("a portrait of a toddler", template, None, clip, "sfw", 1).strategy == "rule_based"
+
+
+def test_usable_answer_is_judged_with_what_stands_beside_it(template: Template, clip: TokenCounter) -> None:
+    answer = "a red fox and a toddler on a mossy log, forest"
+    assert usable_answer(wrote(answer), PROMPT, template, clip, "sfw") == (answer, False, None)
+    beside = usable_answer(wrote(answer), PROMPT, template, clip, "sfw", beside="nude")
+    assert beside == ("", False, "content_rejected")
+
+
+def test_strategy_is_what_was_done_by_model_and_by_compel() -> None:
+    assert [strategy_of(model, compel) for model in (False, True) for compel in (False, True)] == [
+        "none",
+        "compel",
+        "qwen",
+        "hybrid",
+    ]

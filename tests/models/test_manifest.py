@@ -101,18 +101,18 @@ def test_the_manifest_holds_prompts_by_reference_only(origin: Origin, generation
 
 def test_a_reference_is_told_by_its_bytes_and_not_by_its_place(origin: Origin, generation: Generation) -> None:
     reference = Reference(bucket="reference_images", key="user-17/r.png", strength=0.25, kind="style")
-    manifest = made(replace(origin, params=params(reference=reference), reference=b"picture"), generation)
+    manifest = made(replace(origin, params=params(references=(reference,)), files={"style": b"picture"}), generation)
     digest = hashlib.sha256(b"picture").hexdigest()
-    assert manifest.parameters["reference"] == {"sha256": digest, "strength": 0.25, "kind": "style"}
+    assert manifest.parameters["references"] == {"style": {"sha256": digest, "strength": 0.25, "asked_as": None}}
     assert "user-17" not in manifest.model_dump_json()
 
 
 def test_a_mask_is_told_by_its_bytes_as_well(origin: Origin, generation: Generation) -> None:
     mask = StoredImage(bucket="reference_images", key="user-17/r.mask.png")
     reference = Reference(bucket="reference_images", key="user-17/r.png", mask=mask)
-    repainted = replace(origin, params=params(reference=reference), reference=b"picture", mask=b"mask")
+    repainted = replace(origin, params=params(references=(reference,)), files={"image": b"picture", "mask": b"mask"})
     manifest = made(repainted, generation)
-    assert manifest.parameters["reference"]["mask_sha256"] == hashlib.sha256(b"mask").hexdigest()
+    assert manifest.parameters["references"]["image"]["mask_sha256"] == hashlib.sha256(b"mask").hexdigest()
     assert "user-17" not in manifest.model_dump_json()
 
 

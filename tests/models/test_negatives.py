@@ -63,3 +63,31 @@ def test_builtin_negatives_ship_the_nsfw_presets_empty() -> None:
     named = {preset.name: preset.terms for preset in builtin_negatives() if preset.name.startswith("nsfw_")}
     assert named.pop("nsfw_safety") == ("child", "minor")
     assert named == {"nsfw_people_mixed": (), "nsfw_people_count": (), "nsfw_position": (), "nsfw_anatomy": ()}
+
+
+def test_builtin_negatives_of_image_to_image_have_exactly_three_terms_in_each_model_and_mode() -> None:
+    presets = [preset for preset in builtin_negatives() if preset.generation_mode == "i2i"]
+    assert {preset.family for preset in presets} == {"sdxl", "rv51", "replicate-sdxl"}
+    assert {len(preset.terms) for preset in presets} == {3}
+    for family in ("sdxl", "rv51", "replicate-sdxl"):
+        for mode in ("sfw", "nsfw"):
+            text = negative_prompt(family, "a cat", "", mode, "i2i", presets)  # type: ignore[arg-type]
+            assert text == "worst quality, low quality, watermark"
+
+
+def test_negative_prompt_of_i2i_keeps_to_three_terms_whatever_an_operator_adds() -> None:
+    mine = NegativePreset("mine", ("fog", "rain"), 95, generation_mode="i2i")
+    text = negative_prompt(Family.SDXL, "a cat", "snow", "sfw", "i2i", [*builtin_negatives(), mine])
+    assert text == "nudity, sexual content, fog, rain, worst quality, snow"
+
+
+def test_negative_prompt_of_a_portrait_takes_its_preset() -> None:
+    text = negative_prompt(Family.SDXL, "a portrait of a cat", "", "sfw", "txt2img", builtin_negatives())
+    assert text.endswith("crossed eyes, asymmetric eyes, cropped face")
+    assert "crossed eyes" not in negative_prompt(Family.SDXL, "a cat", "", "sfw", "txt2img", builtin_negatives())
+
+
+def test_negative_prompt_gives_another_providers_presets_to_its_model_only() -> None:
+    only = [preset for preset in builtin_negatives() if preset.family == "replicate-sdxl"]
+    assert negative_prompt(Family.SDXL, "a cat", "", "sfw", "txt2img", only) == ""
+    assert 7 <= len(negative_prompt("replicate-sdxl", "a cat", "", "sfw", "txt2img", only).split(", ")) <= 12

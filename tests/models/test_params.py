@@ -20,6 +20,9 @@ from models.params import (
     resolve_params,
 )
 
+IMAGE = {"bucket": "b", "key": "k"}
+STYLE = IMAGE | {"kind": "style"}
+
 
 def resolved(name: str = "sdxl_image_fast", **given: Any) -> Resolved:
     job_type = resolve(name)
@@ -62,7 +65,7 @@ def test_resolve_params_keeps_everything_given() -> None:
         guidance_scale=20,
         scheduler="dpm++",
         negative_prompt="  blurry\nrough ",
-        reference={"bucket": "workspace-temp", "key": "u/j/1/0.png", "strength": 0.1, "kind": "style"},
+        references=({"bucket": "workspace-temp", "key": "u/j/1/0.png", "strength": 0.1, "kind": "image"},),
         compel_enabled=True,
         content_mode="nsfw",
     ).params
@@ -122,19 +125,26 @@ def test_nearest_length_is_4n_plus_1_and_no_further_than_2(frames: int) -> None:
         ("video_fast", {"fps": 0}, {"fps": "range"}),
         ("video_fast", {"shift": math.nan}, {"shift": "range"}),
         ("video_fast", {"compel_enabled": True}, {"compel_enabled": "unsupported"}),
-        ("video_fast", {"reference": {"bucket": "b", "key": "k"}}, {"reference": "unsupported"}),
+        ("video_fast", {"references": [{"bucket": "b", "key": "k"}]}, {"references.0": "unsupported"}),
+        ("sdxl_image_fast", {"references": [STYLE]}, {"references.0": "unsupported"}),
+        ("sdxl_image_fast", {"references": [IMAGE, IMAGE]}, {"references.1.kind": "conflict"}),
         (
             "sdxl_image_fast",
-            {"reference": {"bucket": "b", "key": "k", "strength": 0.05}},
-            {"reference.strength": "range"},
+            {"references": [IMAGE, IMAGE | {"kind": "composition"}]},
+            {"references.1.kind": "conflict"},
         ),
         (
             "sdxl_image_fast",
-            {"reference": {"bucket": "b", "key": "k", "strength": 1.0}},
-            {"reference.strength": "range"},
+            {"references": [{"bucket": "b", "key": "k", "strength": 0.05}]},
+            {"references.0.strength": "range"},
         ),
-        ("sdxl_image_fast", {"reference": {"bucket": "b"}}, {"reference.key": "missing"}),
-        ("sdxl_image_fast", {"reference": {"bucket": "b", "key": "k", "kind": "face"}}, {"reference.kind": "choice"}),
+        (
+            "sdxl_image_fast",
+            {"references": [{"bucket": "b", "key": "k", "strength": 1.0}]},
+            {"references.0.strength": "range"},
+        ),
+        ("sdxl_image_fast", {"references": [{"bucket": "b"}]}, {"references.0.key": "missing"}),
+        ("sdxl_image_fast", {"references": [IMAGE | {"kind": "face"}]}, {"references.0.kind": "choice"}),
         ("sdxl_image_fast", {"prompt": "  \n "}, {"prompt": "missing"}),
         ("sdxl_image_fast", {"prompt": "\u200b"}, {"prompt": "missing"}),
         ("sdxl_image_fast", {"prompt": " \u200b\u2060 \u0301\ufe0f"}, {"prompt": "missing"}),
@@ -162,13 +172,13 @@ def test_resolve_params_takes_the_largest_seed_and_prompt() -> None:
 
 
 def test_resolve_params_lets_a_reference_go_without_words() -> None:
-    assert resolved(prompt="", reference={"bucket": "b", "key": "k"}).params.prompt == ""
+    assert resolved(prompt="", references=[IMAGE]).params.prompt == ""
 
 
 def test_resolve_params_leaves_a_step_to_run_beside_a_strong_reference() -> None:
-    answer = resolved(reference={"bucket": "b", "key": "k", "strength": 0.95})
+    answer = resolved(references=[IMAGE | {"strength": 0.95}])
     assert (answer.params.steps, answer.adjustments[0].given) == (20, 15)
-    assert resolved(reference={"bucket": "b", "key": "k", "strength": 0.9}).adjustments == ()
+    assert resolved(references=[IMAGE | {"strength": 0.9}]).adjustments == ()
 
 
 def test_resolve_params_keeps_prompts_out_of_messages() -> None:

@@ -151,12 +151,14 @@ def test_reference_gives_what_stock_image_to_image_gives(
     )
     assert pixels(made.images) == pixels(sdxl.generate(request, recorder()).images)
     assert made.settings["denoise_steps"] == steps_run
-    assert made.settings["reference"] == {
-        "strength": kept,
-        "denoise_strength": noise,
-        "width": 100,
-        "height": 80,
-        "resize_policy": "center_crop",
+    assert made.settings["references"] == {
+        "image": {
+            "strength": kept,
+            "denoise_strength": noise,
+            "width": 100,
+            "height": 80,
+            "resize_policy": "center_crop",
+        }
     }
 
 
@@ -271,13 +273,15 @@ def test_mask_gives_what_stock_inpainting_gives(
     assert pixels(made.images) == expected
     assert made.settings["pipeline"] == "StableDiffusionXLInpaintPipeline"
     assert made.settings["denoise_steps"] == 7
-    assert made.settings["reference"] == {
-        "strength": 0.25,
-        "denoise_strength": 0.75,
-        "width": 100,
-        "height": 80,
-        "resize_policy": "center_crop",
-        "mask": {"width": 100, "height": 80, "repainted": 0.5},
+    assert made.settings["references"] == {
+        "image": {
+            "strength": 0.25,
+            "denoise_strength": 0.75,
+            "width": 100,
+            "height": 80,
+            "resize_policy": "center_crop",
+            "mask": {"width": 100, "height": 80, "repainted": 0.5},
+        }
     }
 
 

@@ -33,18 +33,36 @@ class Stream:
         self._handle.closing.append(self._parts)
 
 
+class Enhancing:
+    """A call whose answer is awaited."""
+
+    def __init__(self, handle: "Handle") -> None:
+        self._handle = handle
+
+    async def remote(self, request: Any) -> Any:
+        """Call it."""
+        self._handle.enhanced.append(request)
+        return await self._handle.enhancer.enhance(request)
+
+
 class Handle:
     """A handle of one replica: a real model behind it. It notes what it was asked."""
 
     def __init__(self, enhancer: Enhancer) -> None:
         self.enhancer, self.cancelled = enhancer, 0
         self.asked: list[tuple[Any, Any, str]] = []
+        self.enhanced: list[Any] = []
         self.closing: list[Any] = []
 
     def options(self, *, stream: bool) -> "Handle":
         """A handle for streams."""
         assert stream
         return self
+
+    @property
+    def enhance(self) -> "Enhancing":
+        """The method to call."""
+        return Enhancing(self)
 
     @property
     def chat(self) -> "Handle":

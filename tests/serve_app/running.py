@@ -29,6 +29,7 @@ from deployments.enhancer import Enhancer
 from deployments.metrics import Metrics
 from deployments.replica import Replica
 from deployments.settings import Settings
+from serve_app.api import problems
 from serve_app.app import api, event_streams
 from serve_app.bootstrap import prepare
 from serve_app.endpoint import Endpoint
@@ -182,6 +183,7 @@ async def running(database: Any, folder: Path, **changes: Any) -> AsyncIterator[
 
         routes = [Mount("/v1/events", parts[0]), Mount("/", parts[1])]
         app = Starlette(routes=routes, lifespan=lifespan)
+        problems.install(app)  # for paths that neither part gets to see
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=1))
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         try:

@@ -141,8 +141,11 @@ async def test_admin_looks_after_an_endpoint_without_seeing_its_secret(
     rotated = (await admin.post(f"{PATH}/{made['id']}/rotate")).json()
     assert (rotated["secret"], rotated["previous"]) == (None, None)
     assert (await admin.patch(f"{PATH}/{made['id']}", json={"enabled": False})).json()["enabled"] is False
-    (row,) = await server.pool.fetch("SELECT p.username FROM user_activity_log l JOIN profiles p ON p.id = l.user_id")
-    assert row["username"] == "root"
+    rows = await server.pool.fetch(
+        "SELECT l.action, p.username FROM user_activity_log l JOIN profiles p ON p.id = l.user_id ORDER BY l.created_at"
+    )
+    told = ("request.rotateEndpointSecret", "request.changeEndpoint", "callback_endpoint.disabled")
+    assert [tuple(row) for row in rows] == [(action, "root") for action in told]
 
 
 # ----------------------------------------------------------------------------------------------------- secrets

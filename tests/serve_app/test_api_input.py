@@ -213,11 +213,11 @@ async def test_a_type_that_the_profile_lacks_is_not_available(site: Site) -> Non
 
 
 @pytest.mark.parametrize("kind", ["style", "character"])
-async def test_a_reference_kind_that_the_profile_lacks_is_not_available(site: Site, kind: str) -> None:
-    async with storing_nothing(site.server):
-        body = a_job(reference_image_url="https://8.8.8.8/a.png", reference_type=kind)
-        document = problem(await site.alice.post("/v1/jobs", json=body), 503)
-    assert fields(document) == {"reference_type"}
+async def test_a_reference_kind_that_the_profile_lacks_is_not_available(site: Site, tmp_path: Path, kind: str) -> None:
+    body = a_job(reference_image_url="https://8.8.8.8/a.png", reference_type=kind)
+    async with adults(site, tmp_path) as (_, other), storing_nothing(site.server):
+        document = problem(await other.post("/v1/jobs", json=body), 503)
+    assert (document["code"], fields(document)) == ("reference_type_unavailable", {"reference_type"})
 
 
 # ----------------------------------------------------------------------------------------------------- bodies
@@ -504,7 +504,7 @@ async def test_a_good_reference_is_kept_beside_its_job(site: Site, tmp_path: Pat
     async with hostile.receiving(good) as receiver, allowing(site, receiver, tmp_path) as alice:
         answer = await alice.post("/v1/jobs", json=a_job(reference_image_url=receiver.url, reference_strength=0.5))
     assert answer.status_code == 202, answer.text
-    kept = answer.json()["params"]["reference"]
+    kept = answer.json()["params"]["references"][0]
     assert await site.server.blobs.get(kept["bucket"], kept["key"]) == picture
 
 

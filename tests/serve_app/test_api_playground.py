@@ -4,7 +4,7 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import httpx2
 import pytest
@@ -141,16 +141,17 @@ async def test_a_key_begins_one_conversation(site: Site, alice: Person) -> None:
     assert await site.server.pool.fetchval(count, alice.id) == 1
 
 
+NOBODY = str(UUID(int=1))
 REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"message": None}, 400, "message"),
     ({"message": 5}, 400, "message"),
     ({"message": "y" * 8001}, 400, "message"),
     ({"message": "a nude child"}, 400, "message"),
     ({"conversation_id": "x"}, 400, "conversation_id"),
-    ({"conversation_id": str(uuid4())}, 404, ""),
-    ({"character_id": str(uuid4())}, 404, "character_id"),
-    ({"project_id": str(uuid4())}, 404, "project_id"),
-    ({"prompt_template_id": str(uuid4())}, 404, "prompt_template_id"),
+    ({"conversation_id": NOBODY}, 404, ""),
+    ({"character_id": NOBODY}, 404, "character_id"),
+    ({"project_id": NOBODY}, 404, "project_id"),
+    ({"prompt_template_id": NOBODY}, 404, "prompt_template_id"),
     ({"content_tier": "all"}, 400, "content_tier"),
     ({"content_tier": "nsfw"}, 403, "content_tier"),
     ({"context_type": "best"}, 400, "context_type"),

@@ -205,7 +205,7 @@ async def test_queue_job_says_what_an_exact_copy_does_not_use(
     said = (await alice.post(QUEUE, json=body)).json()
     assert said["success"], said
     params = said["job"]["params"]
-    assert (params["reference"]["strength"], params["guidance_scale"], params["negative_prompt"]) == (0.9, 1.0, "")
+    assert (params["references"][0]["strength"], params["guidance_scale"], params["negative_prompt"]) == (0.9, 1.0, "")
     assert [(a["field"], a["given"], a["used"]) for a in said["adjustments"]] == [
         ("reference_strength", 0.5, 0.9),
         ("guidance_scale", 7, 1.0),

@@ -240,7 +240,7 @@ async def test_unknown_users_are_made_only_on_request(server: InProcess) -> None
 
 async def test_a_refused_line_makes_no_user(server: InProcess) -> None:
     bad = pushed(uuid4())
-    bad["config"] |= {"num_images": 5}
+    bad["config"] |= {"num_images": "5"}
     far = pushed(uuid4(), metadata={"reference_image_url": "https://127.0.0.1/x.png"})
     before = await server.stored()
     lines = await take(server, dumped(bad, far), create_users=True)
@@ -286,7 +286,7 @@ BAD: dict[str, tuple[bytes | None, str | None, str]] = {
     "a start frame": (
         dumped(pushed(USER, config={"first_frame": "https://e.com/x"}))[0],
         "metadata.start_reference_url",
-        "reference_type_unavailable",
+        "unsupported",
     ),
     "nsfw": (dumped(pushed(USER, metadata={"contentType": "nsfw"}, content_type="nsfw"))[0], "content_mode", ""),
     "what the policy refuses": (

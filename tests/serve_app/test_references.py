@@ -65,13 +65,13 @@ async def test_a_mask_is_kept_beside_its_reference(database: Any, tmp_path: Path
         assert answer.status_code == 202, answer.text
         job = answer.json()
         user = await server.pool.fetchval("SELECT user_id FROM jobs")
-        kept = job["params"]["reference"]
+        kept = job["params"]["references"][0]
         assert kept["key"] == f"{user}/{job['id']}.png"
         assert kept["mask"] == {"bucket": REFERENCE_BUCKET, "key": f"{user}/{job['id']}.mask.webp"}
         assert await server.blobs.get(kept["bucket"], kept["key"]) == picture()
         assert await server.blobs.get(**kept["mask"]) == drawn
         params = (await server.claim()).job["params"]
-        assert params["reference"] == kept
+        assert params["references"] == [kept]
 
 
 async def test_erasing_a_job_erases_its_reference_and_its_mask(database: Any, tmp_path: Path, state_dir: Path) -> None:
@@ -88,7 +88,7 @@ async def test_a_rerun_has_a_copy_of_the_mask(database: Any, tmp_path: Path, sta
         job = (await alice.post("/v1/jobs", json=asking(at.url))).json()
         await server.end(await server.claim(), status=Status.COMPLETED)
         again = (await alice.post(f"{job['urls']['self']}/rerun")).json()
-        before, after = job["params"]["reference"], again["params"]["reference"]
+        before, after = job["params"]["references"][0], again["params"]["references"][0]
         user = before["key"].partition("/")[0]
         assert after["mask"] == {"bucket": REFERENCE_BUCKET, "key": f"{user}/{again['id']}.mask.png"}
         assert await server.blobs.get(**after["mask"]) == mask()
@@ -186,6 +186,6 @@ async def test_a_mask_from_inside_is_refused(database: Any, tmp_path: Path, stat
 async def test_a_mask_of_an_erased_user_is_gone(database: Any, tmp_path: Path, state_dir: Path) -> None:
     async with offering(database, tmp_path, state_dir, said(picture()), said(mask())) as (server, alice, at):
         job = (await alice.post("/v1/jobs", json=asking(at.url))).json()
-        user = UUID(job["params"]["reference"]["key"].partition("/")[0])
+        user = UUID(job["params"]["references"][0]["key"].partition("/")[0])
         await server.blobs.delete_below(REFERENCE_BUCKET, str(user))  # as the erasure of a user does
         assert await keys(server) == set()

@@ -152,8 +152,8 @@ async def test_a_rerun_has_a_copy_of_the_reference(server: InProcess, alice: htt
     reference = {"bucket": "reference_images", "key": key, "strength": 0.5, "kind": None, "mask": None}
     await server.pool.execute("UPDATE jobs SET params = params || $1", {"reference": reference})
     again = (await alice.post(job["urls"]["rerun"])).json()
-    own = again["params"]["reference"]
-    assert own == reference | {"key": f"{user}/{again['id']}.png"}
+    (own,) = again["params"]["references"]
+    assert own == reference | {"key": f"{user}/{again['id']}.png", "kind": "image", "asked_as": None}
     assert await server.blobs.get("reference_images", own["key"]) == b"picture"
 
     await server.blobs.delete("reference_images", [key])
