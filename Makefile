@@ -47,8 +47,8 @@ soak: setup ## half an hour of steady load, then a look at what must not grow
 docs: setup ## write the generated parts of docs/reference anew
 	$(BIN)/python docs/generate.py
 
-test: setup ## run the tests (own Postgres, own Ray cluster, tiny models made on the spot)
-	$(BIN)/pytest
+test: setup ## run the tests in two processes (own Postgres, own Ray cluster, tiny models made on the spot)
+	$(BIN)/pytest -n 2 --no-loadscope-reorder
 
 clean: ## remove .venv and what the tools left
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -38,7 +38,7 @@ CUTS: tuple[tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] 
     ("claim", "reading the job", ("started",), (NO_JOB,)),
     ("settle", "callback", ("called",), (UNTOLD,)),
     ("settle", "event", ("noted",), ()),
-    ("settle", "files, share, run time, superseded", ("superseded", "stored", "timed", "charged"), ()),
+    ("settle", "files, share, run time, refund", ("superseded", "stored", "timed", "charged", "refunded"), ()),
     ("settle", "writing the job", ("ended",), (("FROM ended;", "FROM gone;"),)),
     ("settle", "leaving the queue", ("gone",), (("FROM gone;", "FROM given;"),)),
 )
@@ -51,7 +51,10 @@ def without(text: str, statement: str, parts: tuple[str, ...], changes: tuple[tu
     end = text.index("\n-- name:", begin + 1)
     body = re.sub("--.*", "", text[begin:end].split("\n", 1)[1])
     for part in parts:
-        at = body.index(f"), {part} AS (")
+        found = re.search(rf"\), {part} AS (MATERIALIZED )?\(", body)
+        if found is None:
+            raise ValueError(f"{statement}: {part}")
+        at = found.start()
         depth = 0
         for close in range(body.index("(", at), len(body)):
             depth += {"(": 1, ")": -1}.get(body[close], 0)

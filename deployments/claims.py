@@ -34,8 +34,8 @@ class ClaimLoop:
     """Claims for the free slots of one replica and runs `work` on every job.
 
     A slot is free again when its job has left it or ended, but no more than twice as many jobs as slots are held.
-    Interactive jobs are claimed also where background ones hold the slots, as many as there are slots: the engine lets
-    them go first. A single slot is not shared.
+    Beside these, interactive jobs are claimed where background ones hold the slots, as many as hold them: the engine
+    lets them go first. A single slot is not shared, nor are those of work without an engine (`shared`).
     `work` must end every job that it gets (settle it or put it back) and must return soon after `held.stop_reason`
     is set. `wake` sets the loop going at once; without it the queue is polled.
     """
@@ -55,9 +55,10 @@ class ClaimLoop:
         on_lost: Callable[[], None] = lambda: None,
         may_claim: Callable[[], bool] = lambda: True,
         fit: Callable[[], Fit | None] = lambda: None,
+        shared: bool = True,
     ) -> None:
         self._queue, self._name, self._worker, self._work = queue, name, worker, work
-        self._slots = slots
+        self._slots, self._shared = slots, shared and slots > 1
         self._lease, self._renew, self._poll = lease_seconds, renew_seconds, poll_seconds
         self._on_news, self._on_lost, self._may_claim, self._fit = on_news, on_lost, may_claim, fit
         self._wake = asyncio.Event()
@@ -89,7 +90,7 @@ class ClaimLoop:
         in_slots = [held.claim.klass for held in self._tasks.values() if held.in_slot]
         more = HELD_PER_SLOT * self._slots - len(self._tasks)
         free = min(self._slots - len(in_slots), more)
-        if free > 0 or self._slots == 1:
+        if free > 0 or not self._shared:
             return free, 0
         background = sum(klass < INTERACTIVE for klass in in_slots)
         return min(self._slots - len(in_slots), more) + background, INTERACTIVE

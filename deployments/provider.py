@@ -103,6 +103,7 @@ class ProviderClaims:
             on_news=self._notifier.job,
             on_lost=lambda: self.metrics.lease_lost(PROVIDER_QUEUE),
             may_claim=lambda: not self._storing.away,
+            shared=False,  # nothing there would let one go before another
         )
         await self._workers.enter(self.worker, PROVIDER_QUEUE, "ready", slots=settings.provider_slots)
         self._listener = Listener(url, QUEUE_CHANNEL, self._heard, role=WORKER_ROLE)

@@ -108,13 +108,15 @@ def _pictures(data: bytes, max_pixels: int) -> list[Image]:
             stream = container.streams.video[0]
             if stream.width * stream.height > max_pixels or stream.frames > MAX_FRAMES:
                 raise OutputUnreadable("an output is larger, or longer, than what is decoded here")
-            every = max(1, stream.frames // MAX_PICTURES)
+            every = 1
             pictures: list[Image] = []
             for number, frame in enumerate(container.decode(stream)):
                 if number >= MAX_FRAMES:
                     raise OutputUnreadable("an output is longer than what is decoded here")
-                if number % every == 0 and len(pictures) < 2 * MAX_PICTURES:
+                if number % every == 0:
                     pictures.append(frame.to_image())
+                if len(pictures) == 2 * MAX_PICTURES:  # how many will come need not be said, or true
+                    pictures, every = pictures[::2], 2 * every
     except (av.FFmpegError, IndexError, ValueError) as error:
         raise OutputUnreadable("an output is no readable video") from error
     if not pictures:

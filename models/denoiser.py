@@ -86,6 +86,7 @@ class StandIn:
         self._module, self._control, self._name = module, control, name
         self._alone, self._adapters, self._mixes, self._prompts = alone, adapters, mixes, prompts
         self._context: tuple[str, dict[str, Any]] | None = None
+        self.halved: Callable[[], bool] | None = None  # whether the second half of the rows is run for both, just now
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
@@ -94,6 +95,9 @@ class StandIn:
         signature = inspect.signature(type(self._module).forward)
         bound = signature.bind(self._module, *args, **kwargs)
         arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
+        halved = self.halved is not None and self.halved()
+        if halved:
+            arguments = _of_tensors(arguments, lambda tensor: tensor.chunk(2)[1])
         rows = int(arguments[_latents_name(arguments)].shape[0])
         # a step cache decides once for a forward, so its requests go alone
         own = self._name if self._alone or self._context is not None else None
@@ -102,7 +106,8 @@ class StandIn:
         key = (id(self._module), own, None if self._mixes else self._adapters, text, _shape_key(arguments))
         prompts = tuple(prompt.of_rows(rows) for prompt in self._prompts)
         call = Call(self._module, arguments, rows, key, self._context, self._adapters, prompts, self.part)
-        return self._control.forward(call)
+        output = self._control.forward(call)
+        return _of_tensors(output, lambda tensor: tensor.repeat(2, 1, 1, 1)) if halved else output
 
     @contextlib.contextmanager
     def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -164,7 +169,9 @@ def run_together(calls: Sequence[Call]) -> list[Any]:
     first, rows = calls[0], [call.rows for call in calls]
     joined: dict[str, Any] = {}
     for name in first.arguments:
-        values = [call.arguments[name] for call in calls]
+        values: list[Any] = [
+            call.arguments.get(name) for call in calls
+        ]  # some pipelines leave out what is None to others
         if name == "timestep":
             joined[name] = torch.cat([_per_row(value, n, first.latents) for value, n in zip(values, rows, strict=True)])
         elif name == TEXT:
@@ -232,6 +239,17 @@ def _shape_key(value: Any, name: str = "") -> Hashable:
     return value if isinstance(value, Hashable) else id(value)
 
 
+def _of_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The same with every tensor in it changed, but for single numbers such as a timestep."""
+    import torch
+
+    if isinstance(value, dict):
+        return {name: _of_tensors(inner, change) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_of_tensors(inner, change) for inner in value)
+    return change(value) if torch.is_tensor(value) and value.ndim else value
+
+
 def _per_row(value: Any, rows: int, like: Any) -> Any:
     import torch
 
@@ -272,7 +290,7 @@ def _joined(values: Sequence[Any]) -> Any:
     if torch.is_tensor(first):
         return torch.cat(list(values))
     if isinstance(first, dict):
-        return {key: _joined([value[key] for value in values]) for key in first}
+        return {key: _joined([value.get(key) for value in values]) for key in first}
     if isinstance(first, list | tuple):
         return type(first)(_joined(inner) for inner in zip(*values, strict=True))
     return first

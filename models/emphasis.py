@@ -140,6 +140,8 @@ def emphasise(prompt: str, weights: CompelWeights | None) -> Emphasised:
 
     def weigh(match: re.Match[str]) -> str:
         word = match.group().casefold()
+        if word not in places:  # the pattern takes a dotless i for an i, and folding does not
+            return match.group()
         name, weight = places[word]
         found.add(word)
         counts[name] += 1

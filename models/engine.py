@@ -81,7 +81,7 @@ class Engine:
 
     Whoever feeds it claims work for `free_slots`. More may be submitted; they wait inside, in the order of arrival.
     Interactive requests share their slots with one another only, for background ones that hold all of them give way
-    and keep little more than their latents meanwhile; a single slot belongs to whoever has it.
+    and keep their latents meanwhile; a single slot belongs to whoever has it.
     `costs` are the profiles by model name; they are kept in `costs_folder`, if one is given. With `overlap` encoding
     and decoding go on beside the steps; without it they come between them. None lets the device decide: on a CPU whose
     cores all work for each step, two threads would only be in each other's way.

@@ -17,24 +17,23 @@ _DOUBLED = (
     "add_time_ids",
     "mask",
     "masked_image_latents",
-    "image",
-    "control_image",
 )
 
 
 def guidance_interval(pipeline: Any, arguments: Mapping[str, Any], start: float, stop: float) -> dict[str, Any]:
     """The arguments for a call of `pipeline` that is guided from `start` to `stop`, fractions of its steps.
 
-    `pipeline` is the request's own copy of an SDXL or WAN pipeline, the very object that is called; `arguments` those
-    of the wholly guided call with embeddings for both prompts; a callback among them is still called. Raises
-    `ValueError` where 0 <= start < stop <= 1 does not hold, the call is not guided, or an embedding of the negative
-    prompt is missing.
+    `pipeline` is the request's own copy of an SDXL or WAN pipeline, the very object that is called, with stand-ins for
+    its modules where it has a ControlNet; `arguments` those of the wholly guided call with embeddings for both prompts;
+    a callback among them is still called. Raises `ValueError` where 0 <= start < stop <= 1 does not hold, the call is
+    not guided, or an embedding of the negative prompt is missing.
     """
     if not 0 <= start < stop <= 1:
         raise ValueError("a guidance interval needs 0 <= start < stop <= 1")
     if arguments.get("guidance_scale", 0) <= 1:
         raise ValueError("a guidance interval needs a guidance scale above 1")
-    interval = _UNetInterval if hasattr(pipeline, "unet") else _TransformerInterval
+    kinds = {"controlnet": _ControlNetInterval, "unet": _UNetInterval, "transformer": _TransformerInterval}
+    interval = next(kind for name, kind in kinds.items() if hasattr(pipeline, name))
     return interval(arguments, start, stop).prepare(pipeline)
 
 
@@ -108,6 +107,22 @@ class _UNetInterval(_Interval):
                 negative = negative.to(value).repeat_interleave(value.shape[0] // negative.shape[0], dim=0)
             doubled[name] = torch.cat([negative, value])
         return doubled
+
+
+class _ControlNetInterval(_Interval):
+    """SDXL with a ControlNet, whose pipelines keep the scale that they were called with, and one of them its halves:
+    they run as if always guided, and outside of the interval the positive half's answer stands for both."""
+
+    def prepare(self, pipeline: Any) -> dict[str, Any]:
+        self.step = 0
+        for name in ("unet", "controlnet"):
+            stand_in = pipeline.__dict__[name]
+            stand_in.halved = lambda: not self.guided(self.step, pipeline.num_timesteps)
+        return self.arguments
+
+    def on_step_end(self, pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        self.step = index + 1
+        return {} if self.inner is None else self.inner(pipeline, index, timestep, tensors)
 
 
 class _TransformerInterval(_Interval):

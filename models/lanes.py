@@ -136,8 +136,8 @@ def _tensors(value: Any) -> Iterator[Any]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _tensors(inner)
-    else:  # encoded prompts, and what a VAE's encoder says
-        for name in ("arguments", "latent_dist", "parameters"):
+    else:  # encoded prompts and images, and what a VAE's encoder says
+        for name in ("arguments", "encoded", "tokens", "latent_dist", "parameters"):
             inner = getattr(value, name, None)
             if inner is not None and not callable(inner):
                 yield from _tensors(inner)

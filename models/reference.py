@@ -78,7 +78,7 @@ class WithReferences(BaseModel):
             return rest
         if isinstance(one, dict):  # whatever kind it was said to be, the generation started from it
             one = {**one, "kind": "image"}
-        return rest | {"references": (one,)}
+        return rest | {"references": (one, *(rest.get("references") or ()))}
 
     @property
     def reference(self) -> Reference | None:

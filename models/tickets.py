@@ -84,7 +84,8 @@ def admissible(waiting: Sequence[Ticket], denoising: Sequence[Ticket], slots: in
     """Of the waiting, those that have a slot now, interactive ones (of priority 0) first.
 
     Only interactive ones count against an interactive one where there are several slots: the others give way to it, and
-    keep little more than their latents meanwhile.
+    keep their latents meanwhile. Interactive ones of another model do not count against a background one, whose slot is
+    its own model's.
     """
     taken: list[Ticket] = []
     # sorted is stable: of the same priority the first come is the first served
@@ -92,6 +93,9 @@ def admissible(waiting: Sequence[Ticket], denoising: Sequence[Ticket], slots: in
         rivals = [*denoising, *taken]
         if ticket.request.priority == 0 and slots > 1:
             rivals = [rival for rival in rivals if rival.request.priority == 0]
+        elif ticket.request.priority > 0:
+            own = ticket.request.model
+            rivals = [rival for rival in rivals if rival.request.priority > 0 or rival.request.model == own]
         if len(rivals) < slots:
             taken.append(ticket)
     return taken

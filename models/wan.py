@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from models.embeddings import Encoded
-from models.generation import Generation, GenerationFailed, GenerationRequest, InvalidInput
+from models.generation import Generation, GenerationFailed, GenerationRequest, InvalidInput, ModelLoadFailed
 from models.params import GenerationParams
 from models.pipeline import PipelineModel, generators
 from models.profile import ModelSpec
@@ -54,6 +54,10 @@ class WAN(PipelineModel):
         pipeline = WanPipeline.from_pretrained(
             str(self.weights), revision=self.spec.revision, variant=self.spec.variant, dtype=dtypes
         )
+        if pipeline.transformer_2 is not None and self.spec.offload != "none" and self.spec.slots > 1:
+            # each expert makes room for itself only, so that two requests on either side would need both on the card
+            message = f"offload of a checkpoint with two experts needs slots: 1, not {self.spec.slots}"
+            raise ModelLoadFailed(f"{self.model_name}: {message}")
         self._frames.load(pipeline, dtypes)
         return pipeline
 
@@ -143,7 +147,8 @@ class WAN(PipelineModel):
             arguments = {"prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds}
             return Encoded(arguments, {"prompt_tokens_cut": self._tokens_cut(params.prompt)})
 
-        return self._embeddings.get((params.prompt, negative, guided), encode)
+        # an image-to-video checkpoint may have an encoder of its own
+        return self._embeddings.get((id(own.text_encoder), params.prompt, negative, guided), encode)
 
     def _finish(
         self, frames: Any, params: GenerationParams, settings: dict[str, Any], watch: Stopwatch, seed: int

@@ -62,6 +62,10 @@ class Frames:
         for part in self.pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.eval()
+        if self._spec.vae_slicing:  # its own VAE has not been told yet
+            self.pipeline.vae.enable_slicing()
+        if self._spec.vae_tiling:
+            self.pipeline.vae.enable_tiling()
         self.pipeline.to(device)
         if self.pipeline.transformer is not None and not self.shares_transformer:
             apply(self.pipeline, self._spec.acceleration, self._spec.family, device, self._spec.dtype)

@@ -24,7 +24,7 @@ from serve_app.destined import check_destination
 from serve_app.edge import Edge
 from serve_app.lora_names import known_loras
 from serve_app.outside import Outside, placed, stand_in
-from serve_app.references import AskedReference, Located, check_made_here, locate_references, not_made_here
+from serve_app.references import AskedReference, Located, check_made_here, check_sfw, locate_references, not_made_here
 from serve_app.strategies import read_strategy, with_weighted_terms
 
 MAX_METADATA_BYTES = 16_384
@@ -98,6 +98,8 @@ async def check(edge: Edge, user: Principal, asked: Submission) -> Checked:
     located = await locate_references(edge, user, asked.references)
     if params.content_mode == "nsfw":
         check_made_here(located)
+    else:
+        check_sfw(located)
     return Checked(job_type, resolved, enhanced, enhances, located, outside)
 
 

@@ -151,6 +151,14 @@ def check_made_here(located: Sequence[Located]) -> None:
             raise not_made_here(one.asked.names["image"])
 
 
+def check_sfw(located: Sequence[Located]) -> None:
+    """Raise `Problem` for a reference that was made in nsfw mode: what is made from it would pass for sfw."""
+    for one in located:
+        if isinstance(one.image, Inside) and one.image.nsfw:
+            message = "a picture that was made in nsfw mode is no reference of an sfw job"
+            raise Problem(403, "reference_not_allowed", message, field=one.asked.names["image"])
+
+
 def not_made_here(name: str) -> Problem:
     """The refusal of a reference in nsfw mode."""
     message = "in nsfw mode a reference must be an image that this system made"

@@ -43,6 +43,12 @@ class Inside:
     manifest: Mapping[str, Any] | None = None
 
     @property
+    def nsfw(self) -> bool:
+        """Whether a model of ours made it in nsfw mode."""
+        asked = (self.manifest or {}).get("parameters")
+        return isinstance(asked, Mapping) and asked.get("content_mode") == "nsfw"
+
+    @property
     def made_here(self) -> bool:
         """Whether its row says that it came from words alone, or from what did.
 

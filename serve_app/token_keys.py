@@ -78,7 +78,7 @@ class KeySet:
         try:
             async with asyncio.timeout(FETCH_SECONDS):
                 self._keys = read_keys(await self._document())
-        except (httpx2.HTTPError, httpx2.InvalidURL, TimeoutError, ValueError, OSError) as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL, TimeoutError, ValueError, RecursionError, OSError) as error:
             self._failed = True
             log.warning("token_keys_failed", error=type(error).__name__)
         else:

@@ -14,10 +14,10 @@ from benchmarks.cluster.workload import GUIDANCE, Lap, Tally, Work, drive
 from serve_app.receiver import Receiver
 
 CALLBACK_SECONDS = 60.0
-LOADED = "        super().load()\n        pipeline = self._pipeline\n"
+LOADED = "        super().load()\n        self._references.complete(self._pipeline, self.device)\n"
 FIXED = """        from models.fixed_step import fix_step_time
 
-        fix_step_time(pipeline.unet, {seconds!r}, Path({tally!r}))
+        fix_step_time(self._pipeline.unet, {seconds!r}, Path({tally!r}))
 """
 
 

@@ -106,7 +106,7 @@ BEGIN
       WHERE id = target;
     ELSE
       UPDATE conversations c SET last_scene_image = placed
-      FROM character_scenes s WHERE s.id = target AND c.id = s.conversation_id;
+      FROM character_scenes s WHERE s.id = target AND c.id = s.conversation_id AND c.user_id = job.user_id;
       UPDATE character_scenes SET image_url = placed, job_id = asked WHERE id = target;
     END IF;
   END IF;
@@ -116,3 +116,12 @@ END $$;
 
 REVOKE EXECUTE ON FUNCTION ourvidz.destination_target(uuid, jsonb), ourvidz.place_result(uuid, text, text) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION ourvidz.destination_target(uuid, jsonb), ourvidz.place_result(uuid, text, text) TO ourvidz_worker;
+
+-- A scene stands in a conversation of whoever makes it.
+CREATE FUNCTION ourvidz.owns_conversation(asked uuid) RETURNS boolean
+LANGUAGE sql STABLE AS $$ SELECT EXISTS (SELECT FROM public.conversations WHERE id = asked AND user_id = ourvidz.uid()) $$;
+ALTER POLICY own_or_admin ON character_scenes
+  USING (ourvidz.owns_character(character_id) OR (SELECT has_role(ourvidz.uid(), 'admin')))
+  WITH CHECK (ourvidz.owns_character(character_id)
+                AND (conversation_id IS NULL OR ourvidz.owns_conversation(conversation_id))
+              OR (SELECT has_role(ourvidz.uid(), 'admin')));

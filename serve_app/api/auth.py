@@ -105,7 +105,8 @@ async def _note(request: Request, edge: Edge, user: Principal) -> None:
     operation = getattr(request.scope.get("route"), "operation_id", None) or request.url.path
     if operation in OWN_ACTS:
         return
-    about = [str(value)[:200] for value in request.path_params.values()]
+    # before they are validated: Postgres takes no NUL, which a path may hold
+    about = [str(value)[:200].replace("\0", "\ufffd") for value in request.path_params.values()]
     collection = [*request.url.path.split("/"), "", ""][2]
     metadata = {f"also_{number}": value for number, value in enumerate(about[1:], 1)}
     await edge.access.note_request(user.user_id, operation, (collection, about[0] if about else None), metadata)

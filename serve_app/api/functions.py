@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 
 from db.access import Principal
 from db.idempotency import canonical_body
+from db.jobs import Accepted, Status
 from models.catalog import FAMILIES, Family, JobType
 from serve_app.api.auth import EdgeDep, User
 from serve_app.api.bodies import QUEUE_JOB, json_object
@@ -30,19 +31,21 @@ async def queue_job(
     body = await json_object(request)
     job_type, asked = await read_submission(edge, body)
     accepted = await submit(edge, user, asked, idempotency_key=idempotency_key, body=canonical_body(body))
-    return await _answer(edge, user, job_type, accepted.job_id)
+    return await _answer(edge, user, job_type, accepted)
 
 
-async def _answer(edge: Edge, user: Principal, job_type: JobType, job_id: Any) -> dict[str, Any]:
-    record = await owned(edge, user, job_id)
+async def _answer(edge: Edge, user: Principal, job_type: JobType, accepted: Accepted) -> dict[str, Any]:
+    record = await owned(edge, user, accepted.job_id)
     row, facts = record.job, FAMILIES[job_type.family]
+    # as it was accepted, though a replica may have it by now: clients look for this word
+    status = row["status"] if accepted.replayed else Status.QUEUED.value
     negative = row["params"]["negative_prompt"]
     depth = sum(d.jobs for d in await edge.queue.depth() if d.queue == (record.queue or {}).get("queue"))
     return {
         "success": True,
         "jobId": row["id"],
         "job_id": row["id"],
-        "status": row["status"],
+        "status": status,
         "queueName": facts.legacy_queue,
         "queue": facts.legacy_queue,
         "message": "Job queued successfully",
@@ -53,7 +56,7 @@ async def _answer(edge: Edge, user: Principal, job_type: JobType, job_id: Any) -
             "format": row["format"],
             "quality": row["quality"],
             "model_type": row["model_type"],
-            "status": row["status"],
+            "status": status,
             "original_prompt": row["original_prompt"],
             "enhanced_prompt": row["enhanced_prompt"],
             "template_name": row["template_name"],

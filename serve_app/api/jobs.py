@@ -16,13 +16,15 @@ from deployments.storing import BUCKET, REFERENCE_BUCKET
 from models.catalog import Family, resolve
 from models.costs import shape_name
 from models.params import GenerationParams, GivenParams
-from serve_app.admission import Submission
+from models.policy import check_prompt
+from serve_app.admission import Submission, check_content_mode
 from serve_app.api.auth import EdgeDep, User
 from serve_app.api.problems import Problem
 from serve_app.api.views import job_view, preview_view
 from serve_app.api.wire import Job, JobBatch, JobList, JobPage, JobRequest, Preview
 from serve_app.edge import Edge
 from serve_app.references import LISTED, AskedReference, single_reference
+from serve_app.strategies import with_weighted_terms
 from serve_app.submission import ENHANCE_SECONDS, numbered, submit, submit_together
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -162,11 +164,17 @@ async def cancel_job(job_id: UUID, edge: EdgeDep, user: User) -> Job:
 async def retry_job(job_id: UUID, edge: EdgeDep, user: User) -> Job:
     """Queue a failed or cancelled job again, with a new budget of attempts."""
     record = await owned(edge, user, job_id)
+    if record.status not in (Status.FAILED, Status.CANCELLED):  # what never ran here, as a copy, has no parameters
+        raise Problem(409, "not_retryable", f"a job that is {record.status} can't be retried")
     job_type = resolve(record.job["job_type"])
     enhances = record.job["stage"] == Stage.ENHANCE
     made_here = record.job["provider"] == "local"
     queue = Family.QWEN.value if enhances else job_type.family.value if made_here else PROVIDER_QUEUE
     params = GenerationParams.model_validate(record.job["params"])
+    # as of a rerun: the rules may have changed since it was accepted
+    check_content_mode(edge, user, params.content_mode, with_upload=False)
+    for prompt in filter(None, (params.prompt, record.job["enhanced_prompt"])):
+        check_prompt(with_weighted_terms(prompt, params), params.content_mode)
     cost = ENHANCE_SECONDS if enhances else await edge.predictions.seconds(job_type, params)
     if not await edge.jobs.retry(
         job_id,

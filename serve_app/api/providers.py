@@ -89,7 +89,9 @@ def _error(body: dict[str, Any]) -> str | None:
     """What went wrong, under whichever of the names is given."""
     said = [body.get(name) for name in ("errorMessage", "error_message", "error")]
     said.append(_metadata(body).get("error_type"))
-    return next((text for text in said if isinstance(text, str) and text), None)
+    # characters that can't be stored are no reason to leave the job open
+    texts = (text.replace("\0", "").encode(errors="replace").decode() for text in said if isinstance(text, str))
+    return next(filter(None, texts), None)
 
 
 def _metadata(body: dict[str, Any]) -> dict[str, Any]:

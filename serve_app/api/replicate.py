@@ -119,7 +119,8 @@ async def _lookup(edge: Edge, user: Principal, name: Any) -> dict[str, Any]:
 async def _read(edge: Edge, body: Mapping[str, Any]) -> Submission:
     metadata, given_input = (_object(body, name) for name in ("metadata", "input"))
     if unknown := sorted(set(given_input) - set(INPUT) - set(PICTURE)):
-        raise Problem(400, "unknown", "is no input of this function", field=f"input.{unknown[0]}"[:100])
+        field = f"input.{unknown[0]}"[:100] if unknown[0].isprintable() else "input"
+        raise Problem(400, "unknown", "is no input of this function", field=field)
     fields = Fields(body, metadata)
     job_type = _job_type(fields)
     reference = _reference(fields, given_input)

@@ -22,6 +22,7 @@ from standardwebhooks.webhooks import WebhookVerificationError
 
 from db.jobs import Status
 from db.providers import PROVIDER_QUEUE, Providers
+from deployments.provider_api import PREDICTION_ID
 from serve_app.api.auth import EdgeDep
 from serve_app.api.bodies import TEXT, dialect, json_object, one_of
 from serve_app.api.problems import Problem
@@ -46,7 +47,7 @@ async def replicate_webhook(request: Request, edge: EdgeDep) -> dict[str, Any]:
     name = body.get("id")
     if not isinstance(name, str) or not name:
         raise Problem(400, "missing", "is required", field="id")
-    job_id = await Providers(edge.pool).job_of(name)
+    job_id = await Providers(edge.pool).job_of(name) if PREDICTION_ID.fullmatch(name) else None
     job = None if job_id is None else await edge.jobs.read_bare(job_id)
     if job is None:
         raise Problem(404, "job_not_found", "there is no such prediction")

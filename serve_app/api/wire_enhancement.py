@@ -21,6 +21,7 @@ from serve_app.edge import Edge
 ANSWER_SECONDS = 60.0
 LANGUAGE_MODELS = ("qwen_instruct", "qwen")
 SCENES = ("scene_creation", "scene_starters")
+TEXT_ENHANCEMENT = "text_enhancement"  # what clients say for a description of a scene, which is of no job type
 STRINGS = (
     "jobType",
     "job_type",
@@ -245,6 +246,8 @@ async def _target(
     """What the prompt is for: a job type of the catalog, or just `image` or `video`, or a model by its id."""
     model_family, modality, model_key = await _model(edge, body, not_used)
     name = body.get("jobType") or body.get("job_type") or body.get("format") or modality or "image"
+    if name == TEXT_ENHANCEMENT:
+        name = modality or "image"
     if name in JOB_TYPES:
         job_type = resolve(name)
         family, format, quality, enhanced = job_type.family, job_type.format, job_type.quality, job_type.enhanced

@@ -17,7 +17,7 @@ def test_the_copied_code_gets_a_fixed_step_and_the_checkout_none(tmp_path: Path)
     fix_steps(code, 0.05, tmp_path / "tally")
     changed = (code / "models" / "sdxl.py").read_text()
     ast.parse(changed)
-    assert f"fix_step_time(pipeline.unet, 0.05, Path({str(tmp_path / 'tally')!r}))" in changed
+    assert f"fix_step_time(self._pipeline.unet, 0.05, Path({str(tmp_path / 'tally')!r}))" in changed
     assert "fix_step_time" not in (ROOT / "models" / "sdxl.py").read_text()
     loads = "from models.fixed_step import fix_step_time; import models.fixed_step as m; print(m.__file__)"
     done = subprocess.run([sys.executable, "-c", loads], cwd=code, capture_output=True, text=True, check=True)

@@ -29,5 +29,5 @@ def test_what_is_left_at_last_has_none_of_the_parts(statement: str) -> None:
 
 
 def test_a_part_that_is_not_there_is_an_error() -> None:
-    with pytest.raises(ValueError, match="not found"):
+    with pytest.raises(ValueError, match="claim: nothing"):
         without(SQL.read_text(encoding="utf-8"), "claim", ("nothing",), ())

@@ -23,8 +23,8 @@ WORKER = uuid4()
 
 async def accept(pool: asyncpg.Pool, rows: Iterable[dict[str, Any]]) -> None:
     """Many jobs in one statement, in this order."""
-    async for _ in queries("jobs").accept(pool, rows=list(rows)):
-        pass
+    refusals = await queries("jobs").accept(pool, rows=[row | {"submission": n} for n, row in enumerate(rows)])
+    assert refusals is None
 
 
 def rows(user: UUID, costs: Sequence[float], **changes: Any) -> list[dict[str, Any]]:

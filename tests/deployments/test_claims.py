@@ -109,6 +109,21 @@ async def test_interactive_jobs_come_in_beside_background_ones(desk: Desk) -> No
         await desk.until("SELECT count(*) = 4 FROM jobs WHERE status = 'completed'")
 
 
+async def test_slots_of_work_without_an_engine_are_not_shared(desk: Desk) -> None:
+    await desk.accept(2, klass=0)
+    hands = Hands(desk)
+    async with looping(desk, hands, slots=2, shared=False) as loop:
+        background = [await hands.take(), await hands.take()]
+        urgent = await desk.accept(2, klass=1)
+        loop.wake()
+        hands.finish(background[0])
+        assert (await hands.take()).claim.job_id == urgent[0]
+        hands.finish(background[1])
+        hands.finish(await hands.take())
+        await desk.until("SELECT count(*) = 3 FROM jobs WHERE status = 'completed'")
+    assert hands.most == 2
+
+
 async def test_a_single_slot_is_not_shared(desk: Desk) -> None:
     await desk.accept(1, klass=0)
     hands = Hands(desk)

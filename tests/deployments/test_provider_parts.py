@@ -1,9 +1,11 @@
 """What goes to a provider's model and what comes back, without a provider."""
 
+import io
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
+import av
 import numpy as np
 import pytest
 
@@ -100,7 +102,7 @@ def test_a_cost_is_what_is_known_and_else_null() -> None:
 
 def film(frames: int = 9) -> bytes:
     pictures = np.zeros((frames, 32, 48, 3), np.uint8)
-    pictures[:, :, :, 1] = np.arange(frames)[:, None, None] * 20
+    pictures[:, :, :, 1] = np.arange(frames)[:, None, None] * 180 // max(9, frames)
     return encode_mp4(pictures, 16)
 
 
@@ -134,3 +136,29 @@ def test_what_a_classifier_says_is_kept_with_the_file() -> None:
     assert SimpleNamespace(**vars(held)).judgement.decision is Decision.REJECT
     with pytest.raises(ContentRefused):
         encode(film(), "video", None, "m", Finishing(Marking(), judge, keep_rejected=False), 1_000_000)
+
+
+def test_a_classifier_sees_all_of_a_video_that_does_not_say_how_long_it_is() -> None:
+    from models.moderation import Decision, Judgement
+
+    whole, streamed = io.BytesIO(film(100)), io.BytesIO()
+    options = {"movflags": "frag_keyframe+empty_moov"}
+    with av.open(whole) as given, av.open(streamed, "w", format="mp4", options=options) as container:
+        stream = container.add_stream_from_template(given.streams.video[0])
+        for packet in given.demux(given.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                container.mux(packet)
+    shades: list[int] = []
+
+    class Judging:
+        def judge(self, generation: Any) -> list[Judgement]:
+            shades.extend(picture.getpixel((24, 16))[1] for picture in generation.images or ())
+            return [Judgement(Decision.APPROVE, "classifier:x", 0.9) for _ in generation.images or ()]
+
+    judge: Any = Judging()
+    with av.open(io.BytesIO(streamed.getvalue())) as container:
+        assert container.streams.video[0].frames == 0
+    encode(streamed.getvalue(), "video", None, "m", Finishing(Marking(), judge), 1_000_000)
+    assert 8 <= len(shades) <= 16
+    assert max(shades) - min(shades) > 80

@@ -128,7 +128,8 @@ def stock_images(running: Running, job: dict[str, Any]) -> list[np.ndarray]:
     # Ray gives each replica one thread; sums of another order of threads differ in the last bit
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    (weights,) = (running.settings.state_dir / "weights").glob("*sdxl*")
+    (index,) = (running.settings.state_dir / "weights").glob("*sdxl*/model_index.json")
+    weights = index.parent
     pipeline = StableDiffusionXLPipeline.from_pretrained(weights, add_watermarker=False)
     params = job["params"]
     images = pipeline(

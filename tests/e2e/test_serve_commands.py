@@ -127,4 +127,4 @@ def test_serve_deploy_on_a_running_cluster_answers_a_job_and_is_healthy(tmp_path
         assert {a["status"] for a in status["applications"].values()} == {"RUNNING"}
         deployments = [d for a in status["applications"].values() for d in a["deployments"].values()]
         assert {d["status"] for d in deployments} == {"HEALTHY"}
-        assert len(deployments) == 7
+        assert len(deployments) == 8

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 
 from models.costs import shape_name
-from models.engine import GenerationRequest, InvalidInput
+from models.denoiser import Call, run_together
+from models.engine import Generation, GenerationRequest, InvalidInput
 from models.outlines import outlines
 from models.preview import Snapshots
 from models.resumption import States
@@ -176,7 +177,60 @@ async def test_costs_tell_its_forwards_apart(sdxl: SDXL, composed: Make) -> None
     assert shape_name(composed(None).params) == "64x64x1"
 
 
-@pytest.mark.parametrize("changes", [{}, {"start": 0.1, "steps": 8}])
+@pytest.mark.parametrize("changes", [{}, {"start": 0.1}, {"start": 0.1, "masked": True}], ids=["text", "image", "mask"])
+@pytest.mark.parametrize("interval", [(0.0, 0.5), (0.25, 0.75), (0.5, 1.0)], ids=str)
+def test_guidance_interval_is_a_guided_run_whose_guidance_does_nothing_outside(
+    sdxl: SDXL, composed: Make, recorder: Any, changes: dict[str, Any], interval: tuple[float, float]
+) -> None:
+    class PositiveOutside(recorder):  # type: ignore[misc]
+        def forward(self, call: Any) -> Any:
+            output = super().forward(call)
+            done, of = self.steps[-1] if self.steps else (0, 1)
+            if call.part or interval[0] <= done / of < interval[1]:
+                return output
+            return (output[0].chunk(2)[1].repeat(2, 1, 1, 1),)
+
+    request = {
+        "steps": 9 if changes else 8,
+        "num_images": 2,
+        "guidance_scale": 20.0,
+    } | changes  # of nine, eight are run from an image
+    expected = sdxl.generate(composed(0.7, **request), PositiveOutside())
+    made = sdxl.generate(composed(0.7, guidance_interval=interval, **request), recorder())
+    whole = sdxl.generate(composed(0.7, **request), recorder())
+    assert pixels_apart(made, expected) <= 1
+    assert pixels_apart(made, whole) > 2
+
+
+def test_calls_of_different_pipelines_share_a_forward(sdxl: SDXL, composed: Make, recorder: Any) -> None:
+    """One of them does not name an argument that is None to the other."""
+    calls: list[Call] = []
+
+    class Keeping(recorder):  # type: ignore[misc]
+        def forward(self, call: Any) -> Any:
+            calls.append(call)
+            return super().forward(call)
+
+    for changes in ({}, {"start": 0.1, "masked": True}):
+        sdxl.generate(composed(0.5, steps=3, **changes), Keeping())
+    for part in ("controlnet", ""):
+        first, *_, last = [call for call in calls if call.part == part]
+        assert first.key == last.key
+        for pair in ([first, last], [last, first]):
+            with torch.no_grad():
+                together = run_together(pair)
+                alone = [call.run() for call in pair]
+            for one, other in zip(together, alone, strict=True):
+                torch.testing.assert_close(one[-1], other[-1], atol=1e-4, rtol=1e-4)
+
+
+def pixels_apart(one: Generation, other: Generation) -> int:
+    """The largest difference in a colour."""
+    pairs = zip(one.images or (), other.images or (), strict=True)
+    return max(high for a, b in pairs for _, high in ImageChops.difference(a, b).getextrema())
+
+
+@pytest.mark.parametrize("changes", [{}, {"start": 0.1, "steps": 8}, {"start": 0.1, "steps": 8, "masked": True}])
 def test_guidance_interval_halves_the_controlnet_as_well(
     sdxl: SDXL, composed: Make, recorder: Any, changes: dict[str, Any]
 ) -> None:

@@ -188,3 +188,9 @@ def test_a_long_prompt_is_encoded_window_by_window(sdxl: SDXL) -> None:
         by_hand = torch.cat(parts, dim=-1)
     assert weighted["prompt_embeds"].shape == by_hand.shape == (1, 154, by_hand.shape[-1])
     torch.testing.assert_close(weighted["prompt_embeds"], by_hand)
+
+
+@pytest.mark.parametrize("prompt", ["\u0130stanbul at night", "\u0131stanbul at night"], ids=["dotted", "dotless"])
+def test_a_letter_that_only_the_pattern_takes_for_an_i_is_left_alone(prompt: str) -> None:
+    weights = CompelWeights.model_validate({"terms": [{"term": "istanbul", "weight": 1.3}]})
+    assert emphasise(prompt, weights).text == f"{prompt}, (istanbul)1.3"

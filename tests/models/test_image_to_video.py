@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 
 from models.costs import shape_name
+from models.embeddings import Embeddings
 from models.engine import Engine, GenerationRequest, InvalidInput, ModelLoadFailed
 from models.generation import ReferenceTypeUnavailable
 from models.lanes import Lanes
@@ -215,3 +217,26 @@ async def test_one_checkpoint_does_both(wan_spec: ModelSpec, tiny_root: Path, fr
     assert model._frames.pipeline.transformer is model._pipeline.transformer
     assert isinstance(model._frames.pipeline, WanImageToVideoPipeline)
     assert made.settings["references"].keys() == {"start_frame"}
+
+
+def test_encoders_of_its_own_share_no_encoded_prompts(
+    wan_spec: ModelSpec, tiny_wan: Path, framed: Make, video_request: Make, recorder: Any
+) -> None:
+    assert wan_spec.image_to_video is not None
+    entry = wan_spec.image_to_video.model_copy(update={"own_encoders": True})
+    model = WAN(wan_spec.model_copy(update={"image_to_video": entry, "vae_tiling": True}), tiny_wan)
+    model.load()
+    own = model._frames.pipeline
+    assert own.text_encoder is not model._pipeline.text_encoder
+    assert own.vae.use_tiling
+    with torch.no_grad():
+        for weights in own.text_encoder.parameters():
+            weights.mul_(1.5)  # as another checkpoint's
+    alone = model.generate(framed(), recorder())
+    model._embeddings = Embeddings()
+    text = model.generate(video_request(), recorder())
+    after = model.generate(framed(), recorder())
+    model._embeddings = Embeddings()
+    assert np.array_equal(alone.frames, after.frames)
+    assert np.array_equal(text.frames, model.generate(video_request(), recorder()).frames)
+    assert model._embeddings.misses == 1

@@ -12,6 +12,8 @@ from PIL import Image, ImageOps
 
 from models.engine import Engine, GenerationRequest, InvalidInput
 from models.generation import ReferenceTypeUnavailable
+from models.image_prompts import ImagePrompt
+from models.lanes import adopt
 from models.loras import LoraSource, LoraUse
 from models.preview import Snapshots
 from models.profile import ModelSpec
@@ -250,3 +252,18 @@ async def test_state_is_gone_on_from_with_the_same_references_only(
     assert resumed.images[0].tobytes() == whole.images[0].tobytes()
     other = sdxl.generate(replace(request, guides={"style": face}, resume=data), recorder())
     assert other.settings["resumed_from_step"] is None
+
+
+def test_image_tokens_of_a_lane_are_kept_from_reuse() -> None:
+    class OnCard:
+        is_cuda = True
+        kept = False
+
+        def record_stream(self, stream: Any) -> None:
+            self.kept = True
+
+    tokens = OnCard()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "current_stream", lambda: None)
+        adopt((ImagePrompt("style", 0.5, tokens),))
+    assert tokens.kept

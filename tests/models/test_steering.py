@@ -98,6 +98,11 @@ def test_row_of_an_earlier_version_starts_from_its_one_reference(kind: str | Non
     assert GenerationParams.model_validate(now | {"reference": None}).references == ()
 
 
+def test_neither_of_a_single_reference_and_a_list_is_lost() -> None:
+    both = GivenParams.model_validate({"prompt": "p", "reference": IMAGE, "references": [IMAGE | {"kind": "style"}]})
+    assert [one.kind for one in both.references] == ["image", "style"]
+
+
 def test_row_with_two_references_of_a_kind_is_refused() -> None:
     row = resolved("sdxl_image_fast", None).params.model_dump(mode="json")
     with pytest.raises(ValueError, match="one reference of each kind"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from models.acceleration import blank_inputs, denoisers
-from models.engine import Cancelled, GenerationRequest, InvalidInput
+from models.engine import Cancelled, GenerationRequest, InvalidInput, ModelLoadFailed
 from models.params import Reference
 from models.profile import ModelSpec
 from models.tiny import ensure_tiny
@@ -248,3 +248,19 @@ def test_denoisers_are_warmed_with_what_the_pipeline_gives_them(
 def test_mask_is_refused(wan: WAN, video_request: Make, recorder: Any) -> None:
     with pytest.raises(InvalidInput, match="reference"):
         wan.generate(replace(video_request(), mask=b"x"), recorder())
+
+
+def test_two_experts_with_offload_need_one_slot(
+    wan_spec: ModelSpec, tiny_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    changes = {"device": "cuda", "offload": "model", "slots": 2, "image_to_video": None}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # it is refused before anything goes to the card
+    model = WAN(wan_spec.model_copy(update=changes), ensure_tiny("wan", tiny_root, "two_experts"))
+    with pytest.raises(ModelLoadFailed, match="two experts needs slots: 1, not 2"):
+        model.load()
+    assert not model.loaded
+    for fits in ({"slots": 1}, {"offload": "none"}):
+        other = WAN(model.spec.model_copy(update=fits), model.weights)
+        assert other._load_pipeline(torch.float32).transformer_2 is not None

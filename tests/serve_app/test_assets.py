@@ -115,7 +115,7 @@ async def test_a_change_changes_what_it_names(alice: httpx2.AsyncClient, shelf: 
 @pytest.mark.parametrize(
     ("body", "field"),
     [
-        ({"visibility": "public"}, "visibility"),
+        ({"visibility": "everyone"}, "visibility"),
         ({"title": "a\x00b"}, "title"),
         ({"title": "x" * 201}, "title"),
         ({"tags": None}, "tags"),

@@ -236,6 +236,13 @@ async def test_nsfw_takes_what_was_made_in_nsfw_from_a_reference(site: Gallery) 
     assert (await adult(site, path))[0] == 202
 
 
+async def test_sfw_takes_no_result_of_nsfw_mode(site: Gallery) -> None:
+    asset_id, path = await result(site, png("plum"), content_mode="nsfw")
+    for picture in (str(asset_id), path):
+        answer = await site.alice.post("/v1/jobs", json=job(picture))
+        assert (answer.status_code, answer.json()["code"]) == (403, "reference_not_allowed"), picture
+
+
 async def test_nsfw_takes_nothing_else(site: Gallery) -> None:
     before = await site.server.stored()
     for picture in (site.path, site.upload_id, site.signed, site.kept, site.made, "https://8.8.8.8/a.png"):
