@@ -1,4 +1,4 @@
-"""Each switch of `models.acceleration`: how fast it is beside the same pipeline without it, and what it changes.
+"""Each switch of `models.denoising.acceleration`: its speed beside the same pipeline without it, and what it changes.
 
     python -m benchmarks.acceleration [--size tiny|mid|full] [--device cuda] [--rounds N] [--out FILE]
 
@@ -24,11 +24,11 @@ from typing import Any
 import torch
 
 from benchmarks import random_models
-from models.acceleration import EXACT, Acceleration, FewStepLora, apply, denoisers, warm
 from models.catalog import Family
+from models.denoising.acceleration import EXACT, Acceleration, FewStepLora, apply, denoisers, warm
+from models.denoising.guidance import guidance_interval
 from models.generation import ModelLoadFailed
-from models.guidance import guidance_interval
-from models.libraries import library_versions
+from models.origin.libraries import library_versions
 
 STEPS, FEW_STEPS = 8, 4
 NOT_MEASURED = "not measured"

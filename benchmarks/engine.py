@@ -28,8 +28,8 @@ from models.catalog import Family
 from models.engine import Control, Engine, GenerationRequest
 from models.params import GenerationParams
 from models.profile import load_profile
+from models.samples.tiny import ensure_tiny
 from models.sdxl import SDXL
-from models.tiny import ensure_tiny
 
 MIX = ((4, 0.30), (10, 0.30), (16, 0.25), (40, 0.15))  # steps and their share; 4-step jobs go without guidance
 SHORT = 4
@@ -219,8 +219,8 @@ def show(regime: str, load: float, results: dict[str, list[tuple[float, float, f
 
 async def profile_size(engine: Engine, model: SDXL, pixels: int) -> None:
     """The engine's profile of this size, as its warm-up takes it for the default size."""
-    from models.costs import Shape
-    from models.measuring import measured
+    from models.denoising.costs import Shape
+    from models.denoising.measuring import measured
 
     class Sized(SDXL):
         def sample_request(self, frames: int | None = None) -> GenerationRequest:
@@ -270,7 +270,7 @@ async def overhead(model: SDXL) -> bool:
 
 def flat_costs(cap: int) -> Any:
     """A profile by which so many rows are worth a forward."""
-    from models.costs import Costs, Shape
+    from models.denoising.costs import Costs, Shape
 
     costs = Costs()
     costs.measured[Shape(1024, 1024, 1)] = costs.seen[Shape(1024, 1024, 1)] = {1: 1e-3, cap: 1e-3}

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.gpu_bench import NOT_MEASURED, PART_SECONDS, Bench, Case, Setting, Shape, run_case
 from models.catalog import Family
-from models.libraries import library_versions
+from models.origin.libraries import library_versions
 
 SDXL, WAN, QWEN = Family.SDXL, Family.WAN, Family.QWEN
 STOCK = Setting()

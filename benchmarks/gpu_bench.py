@@ -15,10 +15,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import random_models
-from models.acceleration import Acceleration, apply, blank_inputs, denoisers
 from models.catalog import Family
+from models.denoising.acceleration import Acceleration, apply, blank_inputs, denoisers
+from models.denoising.guidance import guidance_interval
 from models.generation import ModelLoadFailed
-from models.guidance import guidance_interval
 
 NOT_MEASURED = "not measured"
 PART_SECONDS = 540  # a part of the benchmark starts nothing new after it

@@ -26,11 +26,11 @@ import psutil
 import torch
 import transformers
 
-from models.completions import CompletionCache
-from models.language import Message, Sampling
 from models.profile import ModelSpec
 from models.qwen import Qwen
-from models.tiny import ensure_tiny
+from models.samples.tiny import ensure_tiny
+from models.writing.completions import CompletionCache
+from models.writing.language import Message, Sampling
 
 STREAMS = (1, 4, 16)
 SYSTEM = "You write prompts for an image model. Rewrite the request as one prompt of a few phrases, in English. " * 3

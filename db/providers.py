@@ -42,8 +42,8 @@ class ApiProvider:
 
 @dataclass(frozen=True, kw_only=True)
 class ApiModel:
-    """What is asked for: one version of a model. `capabilities` and `pricing` are read in `deployments.provider_inputs`
-    and `deployments.provider`."""
+    """What is asked for: one version of a model. `capabilities` and `pricing` are read in `deployments.provider.inputs`
+    and `deployments.provider.claims`."""
 
     id: UUID
     provider: ApiProvider

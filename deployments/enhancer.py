@@ -29,15 +29,15 @@ from deployments.prompting import EnhanceRequest as EnhanceRequest
 from deployments.prompting import choose_template, enhancement_account, load_counter
 from deployments.settings import Settings
 from models.catalog import Family, JobType, resolve
-from models.emphasis import CompelWeights
-from models.enhancement import Enhancement, enhance, strategy_of
 from models.generation import GenerationError, ModelLoadFailed
-from models.language import Answer, Completion, LanguageBackend, Message, Priority, Sampling, language_backend
 from models.params import ContentMode
 from models.policy import ContentRejected, check_prompt
 from models.profile import resolve_weights
-from models.prompts import TokenCounter
-from models.weighting import MAX_WINDOWS
+from models.prompting.emphasis import CompelWeights
+from models.prompting.enhancement import Enhancement, enhance, strategy_of
+from models.prompting.prompts import TokenCounter
+from models.prompting.weighting import MAX_WINDOWS
+from models.writing.language import Answer, Completion, LanguageBackend, Message, Priority, Sampling, language_backend
 
 log = structlog.get_logger()
 

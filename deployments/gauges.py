@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deployments.metrics import Metrics
-from models.costs import Costs
+from models.denoising.costs import Costs
 
 
 class EngineGauges:

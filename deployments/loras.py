@@ -7,8 +7,8 @@ import asyncpg
 
 from db.pool import DATABASE_FAULTS
 from db.training import ProductionLora, Trainings
-from models.lora_files import LoraUnavailable
-from models.loras import LoraSource, LoraUse
+from models.lora.files import LoraUnavailable
+from models.lora.loras import LoraSource, LoraUse
 
 
 async def learn(pool: asyncpg.Pool, model: Any, family: str, uses: Sequence[LoraUse]) -> None:

@@ -14,7 +14,7 @@ import structlog
 from db.blobs import BlobStore, StorageUnavailable
 from deployments.held import Held
 from deployments.storing import BUCKET, attempt_prefix
-from models.preview import PreviewFailed, Snapshot, Snapshots, render
+from models.denoising.preview import PreviewFailed, Snapshot, Snapshots, render
 
 log = structlog.get_logger()
 

@@ -1,4 +1,4 @@
-"""Between the rows that an operator edits and the values that `models.prompts` works with; and what an enhancement is
+"""Between the rows that an operator edits and the values that `models.prompting` works with; and what an enhancement is
 asked for, and told as."""
 
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,12 @@ from typing import Any
 from db.prompts import NegativeRow, Prompts, TemplateRow
 from deployments.settings import Settings
 from models.catalog import Family, Format, Quality
-from models.dialogue import builtin_chat_templates
-from models.enhancement import Enhancement, strategy_of
-from models.negatives import NegativePreset, builtin_negatives
 from models.profile import resolve_weights
-from models.prompts import NoTemplate, Template, TokenCounter, builtin_templates
-from models.selection import ENHANCEMENT, Selection, Wanted, select_template
+from models.prompting.dialogue import builtin_chat_templates
+from models.prompting.enhancement import Enhancement, strategy_of
+from models.prompting.negatives import NegativePreset, builtin_negatives
+from models.prompting.prompts import NoTemplate, Template, TokenCounter, builtin_templates
+from models.prompting.selection import ENHANCEMENT, Selection, Wanted, select_template
 
 
 @dataclass(frozen=True)

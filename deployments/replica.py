@@ -38,11 +38,11 @@ from models.engine import (
     GenerationRequest,
     Ticket,
 )
-from models.fingerprint import Fingerprint, Hashes, fingerprint
-from models.manifest import Origin
+from models.guiding.reference import StoredImage
+from models.origin.fingerprint import Fingerprint, Hashes, fingerprint
+from models.origin.manifest import Origin
 from models.params import GenerationParams
 from models.profile import ModelSpec
-from models.reference import StoredImage
 
 log = structlog.get_logger()
 

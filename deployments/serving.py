@@ -29,15 +29,15 @@ from deployments.hosting import Host
 from deployments.logs import configure_logs
 from deployments.metrics import Metrics
 from deployments.placing import Placing
-from deployments.provider import ProviderClaims
+from deployments.provider.claims import ProviderClaims
 from deployments.replica import Replica
 from deployments.settings import Settings
 from deployments.signatures import CallbackSecrets
 from deployments.sweep import Sweep
 from deployments.upkeep import Upkeep
 from models.catalog import Family
-from models.language import Message, Sampling
 from models.params import ContentMode
+from models.writing.language import Message, Sampling
 
 log = structlog.get_logger()
 

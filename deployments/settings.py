@@ -20,8 +20,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from db import embedded
 from db.retention import RetentionPolicy
 from deployments.destinations import AllowedHost, EgressPolicy
+from models.origin.provenance import Algorithm
 from models.profile import Profile, load_profile
-from models.provenance import Algorithm
 
 GENERATED = ("signing_secret", "callback_secret", "job_callback_secret")  # on a laptop, where they are missing
 SECRET_FIELDS = frozenset({"database_url", "metrics_token", "replicate_webhook_secret", "jwt_secret", *GENERATED})

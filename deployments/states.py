@@ -12,7 +12,7 @@ import structlog
 from db.blobs import BlobNotFound, BlobStore, StorageUnavailable
 from deployments.held import Held
 from deployments.storing import BUCKET
-from models.resumption import DenoisingState, States, StateUnusable
+from models.denoising.resumption import DenoisingState, States, StateUnusable
 
 log = structlog.get_logger()
 

@@ -19,11 +19,11 @@ from db.blobs import BlobStore, StorageUnavailable, UrlSigner
 from db.queue import Claim, NewAsset
 from deployments.settings import Settings, SettingsError
 from models.engine import Generation, GenerationError, GenerationFailed
-from models.manifest import SOFTWARE, Manifest, Origin, Pixels, describe, xmp
 from models.media import MANIFEST_KEY, describe_mp4, encode_mp4, encode_png, probe, thumbnail
 from models.moderation import ClassifierUnavailable, ContentRefused, Decision, Judge, Judgement, load_classifier
-from models.pixels import decode, pixel_hash, samples_of
-from models.provenance import ContentSigner, SigningUnavailable
+from models.origin.manifest import SOFTWARE, Manifest, Origin, Pixels, describe, xmp
+from models.origin.pixels import decode, pixel_hash, samples_of
+from models.origin.provenance import ContentSigner, SigningUnavailable
 
 log = structlog.get_logger()
 

@@ -16,11 +16,14 @@ from starlette.exceptions import HTTPException
 from db.blobs import StorageUnavailable
 from db.idempotency import IdempotencyConflict, IdempotencyInFlight
 from db.limits import LimitReached
-from deployments import destinations, enhancer, provider_api, replica, storing
-from models import answers, generation, lora_files, params
+from deployments import destinations, enhancer, replica, storing
+from deployments.provider import api as provider_api
+from models import generation, params
 from models.catalog import UnknownJobType
+from models.lora import files as lora_files
 from models.policy import ContentRejected
-from models.prompts import NoTemplate
+from models.prompting import answers
+from models.prompting.prompts import NoTemplate
 from serve_app.api.problems import problem_of
 
 ROOT = Path(__file__).parent.parent

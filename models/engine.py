@@ -1,9 +1,9 @@
 """The engine: one thread that owns the models of a replica and schedules their denoise steps.
 
 Requests join, give way, are cancelled and leave at step boundaries. Each runs the stock pipeline of diffusers in a
-greenlet (`models.runs`); its denoiser calls are parked, and those that share a shape are run as one forward
-(`models.forwards`), in the order of `models.order` and by the measured costs of `models.costs`. Text encoding and
-decoding happen on other threads meanwhile (`models.lanes`).
+greenlet (`models.denoising.runs`); its denoiser calls are parked, and those that share a shape are run as one forward
+(`forwards`), in the order of `order` and by the measured costs of `costs`. Text encoding and decoding happen on other
+threads meanwhile (`lanes`).
 
 Whoever submits gets a `Ticket`, which may be used from any thread and awaited from asyncio. A failed generation fails
 its ticket and nothing else, unless it broke the device: then the engine says so in `broken`, fails what it holds and
@@ -25,9 +25,13 @@ from typing import Any
 
 import structlog
 
-from models.costs import Costs, Shape, shape_of
-from models.denoiser import Call
-from models.forwards import Forwards
+from models.denoising.costs import Costs, Shape, shape_of
+from models.denoising.denoiser import Call
+from models.denoising.forwards import Forwards
+from models.denoising.lanes import Lanes, adopt, timed
+from models.denoising.measuring import room_bytes
+from models.denoising.runs import Aside, Run
+from models.denoising.tickets import Progress, Ticket, admissible
 from models.generation import (
     Cancelled,
     Control,
@@ -45,10 +49,6 @@ from models.generation import (
     as_generation_error,
     release_device_memory,
 )
-from models.lanes import Lanes, adopt, timed
-from models.measuring import room_bytes
-from models.runs import Aside, Run
-from models.tickets import Progress, Ticket, admissible
 
 __all__ = [
     "Cancelled",

@@ -23,13 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
-from models.costs import Costs
-from models.denoiser import Call
-from models.lanes import LaneName
+from models.denoising.costs import Costs
+from models.denoising.denoiser import Call
+from models.denoising.lanes import LaneName
+from models.denoising.preview import Snapshots
+from models.denoising.resumption import States
+from models.guiding.reference import ReferenceKind
 from models.params import GenerationParams
-from models.preview import Snapshots
-from models.reference import ReferenceKind
-from models.resumption import States
 
 if TYPE_CHECKING:
     import numpy as np

@@ -23,17 +23,17 @@ from models.catalog import (
     Format,
     JobType,
 )
-from models.emphasis import CompelWeights
 from models.fields import MAX_PROMPT_CHARACTERS as MAX_PROMPT_CHARACTERS
 from models.fields import FieldError as FieldError
 from models.fields import InvalidParams as InvalidParams
 from models.fields import clean_prompt as clean_prompt
 from models.fields import cleaned, field_error
-from models.loras import LoraUse, lora_errors
-from models.reference import FRAMES, WithDistinctReferences, WithReferences
-from models.reference import Methods as Methods
-from models.reference import Reference as Reference
-from models.steering import FAMILY_METHODS, check_references, steps_beside
+from models.guiding.reference import FRAMES, WithDistinctReferences, WithReferences
+from models.guiding.reference import Methods as Methods
+from models.guiding.reference import Reference as Reference
+from models.guiding.steering import FAMILY_METHODS, check_references, steps_beside
+from models.lora.loras import LoraUse, lora_errors
+from models.prompting.emphasis import CompelWeights
 
 MAX_SEED = 2**63 - 1
 

@@ -14,11 +14,14 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from models.acceleration import Applied, apply, warm
-from models.adapters import Adapters, Lease
-from models.costs import Costs
-from models.denoiser import AsideStandIn, StandIn, forget_context
-from models.embeddings import Embeddings
+from models.denoising.acceleration import Applied, apply, warm
+from models.denoising.costs import Costs
+from models.denoising.denoiser import AsideStandIn, StandIn, forget_context
+from models.denoising.embeddings import Embeddings
+from models.denoising.guidance import guidance_interval
+from models.denoising.measuring import measured
+from models.denoising.resumption import identity_of
+from models.denoising.stopwatch import Stopwatch
 from models.generation import (
     Control,
     Generation,
@@ -26,14 +29,11 @@ from models.generation import (
     InvalidInput,
     ModelLoadFailed,
 )
-from models.guidance import guidance_interval
-from models.libraries import library_versions, quiet_libraries
-from models.lora_files import ProfileLoras
-from models.measuring import measured
+from models.lora.adapters import Adapters, Lease
+from models.lora.files import ProfileLoras
+from models.origin.libraries import library_versions, quiet_libraries
 from models.params import GenerationParams
 from models.profile import ModelSpec
-from models.resumption import identity_of
-from models.stopwatch import Stopwatch
 
 SEED_RANGE = 2**63
 DENOISERS = ("unet", "transformer", "transformer_2")

@@ -12,7 +12,7 @@ Negative prompts name what shall *not* appear: "child, nude" is right there, so 
 
 It is a filter of words: English, Spanish, German, French, Portuguese, Italian, Russian, Japanese, Chinese and
 some Korean. It sees through look-alike letters, digits for letters, split and stretched words; it judges no
-pictures, and words that are not in `models.vocabulary` pass.
+pictures, and words that are not in `models.prompting.vocabulary` pass.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from typing import Final
 
-from models import vocabulary
 from models.catalog import RequestRefused
 from models.params import ContentMode
+from models.prompting import vocabulary
 
 
 class ContentRejected(RequestRefused):

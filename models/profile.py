@@ -15,12 +15,12 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from models.acceleration import Acceleration
 from models.catalog import FAMILIES, Family, FamilyDefaults, default_for
-from models.guides import ControlNet, ImageToVideo, IpAdapter
-from models.loras import LoraName, LoraSource
-from models.reference import Method, Methods, ReferenceKind
-from models.steering import FAMILY_METHODS
+from models.denoising.acceleration import Acceleration
+from models.guiding.guides import ControlNet, ImageToVideo, IpAdapter
+from models.guiding.reference import Method, Methods, ReferenceKind
+from models.guiding.steering import FAMILY_METHODS
+from models.lora.loras import LoraName, LoraSource
 from models.weights import guide_present, located
 
 TINY = "tiny"
@@ -60,14 +60,14 @@ class ModelSpec(BaseModel):
     checkpoint's; with `vae_slicing` a batch is decoded picture by picture, with `vae_tiling` a large picture tile
     by tile, which needs less memory and shows seams at worst. `memory_gib` is the peak on the device (0 where it
     runs on the CPU), `disk_gib` the download. `offload` "model" keeps on the device only the part that runs.
-    `attention` is the kernel tried first. `acceleration` holds the switches of `models.acceleration`. `num_gpus` is
-    the share of one card that the scheduler reserves. The language model's `backend` writes up to `sequences`
-    answers at a time, which share a cache of `cache_tokens` tokens. `loras` are those that requests may name
-    beside the ones in production in the training registry; `lora_cache_gib`, a part of `memory_gib`, is the room for
-    loaded ones, and without it there are none; with `mix_loras`, requests with different ones share a forward. A
-    replica runs up to `slots` jobs at a time; every `state_steps` steps a job's state is
-    stored, 0 for never. A model that is `hosted_by` another family has no replicas of its own but shares the engine
-    of that one's, step by step. `ip_adapter`, `controlnet` and `image_to_video` let references steer it; their weights
+    `attention` is the kernel tried first. `acceleration` holds the switches of `models.denoising.acceleration`.
+    `num_gpus` is the share of one card that the scheduler reserves. The language model's `backend` writes up to
+    `sequences` answers at a time, which share a cache of `cache_tokens` tokens. `loras` are those that requests may
+    name beside the ones in production in the training registry; `lora_cache_gib`, a part of `memory_gib`, is the room
+    for loaded ones, and without it there are none; with `mix_loras`, requests with different ones share a forward. A
+    replica runs up to `slots` jobs at a time; every `state_steps` steps a job's state is stored, 0 for never. A model
+    that is `hosted_by` another family has no replicas of its own but shares the engine of
+    that one's, step by step. `ip_adapter`, `controlnet` and `image_to_video` let references steer it; their weights
     are a part of `memory_gib` and `disk_gib`.
     """
 
@@ -242,7 +242,7 @@ def resolve_weights(spec: ModelSpec, state_folder: Path) -> Path | str:
     Builds the tiny checkpoint under `state_folder` if that is what the spec asks for; downloads nothing.
     """
     if spec.source == TINY:
-        from models.tiny import ensure_tiny
+        from models.samples.tiny import ensure_tiny
 
         return ensure_tiny(spec.family.value, state_folder)
     local = _local_path(spec)

@@ -2,9 +2,9 @@
 
 Requests join and leave the batch at every token. Prompts that begin alike (the same system message) share what was
 computed for the beginning. Greedy answers are those of `model.generate`. A seed gives the same words on the same
-device, whatever else is in the batch: its noise depends on nothing else (`models.sampling`). The scores themselves may
-differ in their last bits with the shape of the batch, so in half precision two words that are as good as equally likely
-may change places, sampled or greedy.
+device, whatever else is in the batch: its noise depends on nothing else (`models.writing.sampling`). The scores
+themselves may differ in their last bits with the shape of the batch, so in half precision two words that are as good as
+equally likely may change places, sampled or greedy.
 
 transformers ends its whole loop when one step fails. Then it is started again, and those who were in the batch go on
 alone, one after another, each from the word where it was: who fails alone fails for itself.
@@ -19,7 +19,6 @@ from typing import Any
 
 import structlog
 
-from models.batching import BatchingBackend, Request
 from models.generation import (
     DeviceBroken,
     GenerationError,
@@ -28,7 +27,8 @@ from models.generation import (
     as_generation_error,
     release_device_memory,
 )
-from models.sampling import SeededSampling
+from models.writing.batching import BatchingBackend, Request
+from models.writing.sampling import SeededSampling
 
 log = structlog.get_logger()
 

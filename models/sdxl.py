@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from models.denoiser import AsideStandIn
-from models.embeddings import Encoded
-from models.emphasis import emphasise
+from models.denoising.denoiser import AsideStandIn
+from models.denoising.embeddings import Encoded
+from models.denoising.stopwatch import Stopwatch
 from models.generation import Generation, GenerationFailed, GenerationRequest, InvalidInput
-from models.lora_rows import AdapterSet
+from models.guiding.sdxl_references import References
+from models.lora.rows import AdapterSet
 from models.params import GenerationParams
 from models.pipeline import PipelineModel, generators, seeds_from
 from models.profile import ModelSpec
-from models.sample_pictures import sample_mask, with_sample
-from models.sdxl_references import References
-from models.stopwatch import Stopwatch
-from models.weighting import Weighting, WeightingFailed
+from models.prompting.emphasis import emphasise
+from models.prompting.weighting import Weighting, WeightingFailed
+from models.samples.sample_pictures import sample_mask, with_sample
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,15 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from models.embeddings import Encoded
+from models.denoising.embeddings import Encoded
+from models.denoising.stopwatch import Stopwatch
 from models.generation import Generation, GenerationFailed, GenerationRequest, InvalidInput, ModelLoadFailed
+from models.guiding.reference import FRAMES, ReferenceKind
+from models.guiding.wan_frames import Frames
 from models.params import GenerationParams
 from models.pipeline import PipelineModel, generators
 from models.profile import ModelSpec
-from models.reference import FRAMES, ReferenceKind
-from models.sample_pictures import with_sample
-from models.stopwatch import Stopwatch
-from models.wan_frames import Frames
+from models.samples.sample_pictures import with_sample
 
 MAX_PROMPT_TOKENS = 512
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from models.guides import ControlNet, ImageToVideo, IpAdapter
+from models.guiding.guides import ControlNet, ImageToVideo, IpAdapter
 
 Guide = IpAdapter | ControlNet | ImageToVideo
 

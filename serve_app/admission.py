@@ -14,10 +14,10 @@ from db.providers import ApiModel
 from deployments.destinations import EgressError
 from deployments.storing import REFERENCE_BUCKET
 from models.catalog import FamilyDefaults, Format, JobType, resolve
+from models.guiding.reference import FRAMES
 from models.params import FieldError, GenerationParams, GivenParams, InvalidParams, Resolved, resolve_params
 from models.policy import check_prompt
 from models.profile import ModelSpec
-from models.reference import FRAMES
 from serve_app.api.problems import Problem
 from serve_app.api.wire import Adjusted
 from serve_app.destined import check_destination

@@ -22,8 +22,8 @@ from db.access import Principal
 from db.conversations import ConversationGone, Conversations, Exchange
 from models.catalog import Family
 from models.generation import Cancelled, DeviceBroken, GenerationError, InvalidInput, ModelLoadFailed
-from models.language import Completion, LanguageModelBusy
 from models.policy import ContentRejected
+from models.writing.language import Completion, LanguageModelBusy
 from serve_app.api.problems import Problem
 from serve_app.chat import RETRY, Turn, check_text, too_long
 from serve_app.edge import Edge

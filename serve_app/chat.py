@@ -21,7 +21,10 @@ from db.access import Principal
 from db.conversations import CharacterRow, ChatTemplateRow, Conversation, Conversations, MessageKey, NewConversation
 from deployments.settings import Settings
 from models.catalog import Family
-from models.dialogue import (
+from models.params import ContentMode
+from models.policy import ContentRejected, check_prompt
+from models.profile import ModelSpec, resolve_weights
+from models.prompting.dialogue import (
     GENERAL,
     ROLEPLAY,
     ByteCounter,
@@ -35,11 +38,8 @@ from models.dialogue import (
     system_prompt,
     within_budget,
 )
-from models.language import Message, Sampling
-from models.params import ContentMode
-from models.policy import ContentRejected, check_prompt
-from models.profile import ModelSpec, resolve_weights
-from models.prompts import NoTemplate, TokenCounter
+from models.prompting.prompts import NoTemplate, TokenCounter
+from models.writing.language import Message, Sampling
 from serve_app.admission import check_content_mode
 from serve_app.api.problems import Problem
 from serve_app.edge import Edge

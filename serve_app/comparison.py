@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from models.manifest import Difference, Manifest, differences
 from models.media import UnreadableMedia
-from models.pixels import decode, pixel_difference, pixel_hash
+from models.origin.manifest import Difference, Manifest, differences
+from models.origin.pixels import decode, pixel_difference, pixel_hash
 from serve_app.api.wire import Asset, Job
 from serve_app.client import ApiError, Client, DownloadFailed
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-from models.loras import LoraUse
+from models.lora.loras import LoraUse
 from models.profile import ModelSpec
 from serve_app.edge import Edge
 

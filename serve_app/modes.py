@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
-from models.composition import MODIFY_TEMPLATE, compose_modification
+from models.prompting.composition import MODIFY_TEMPLATE, compose_modification
 
 # what the row's `template_name` says of prompts that no template of the language model made
 AS_GIVEN = "original_prompt"

@@ -1,5 +1,5 @@
 """Jobs that an outside provider makes: which of its models takes one, and what it can't take. Nothing is asked of the
-provider here; that is the work of `deployments.provider`.
+provider here; that is the work of `deployments.provider.claims`.
 
 A job goes there when its caller chose so (`replicate-image`), or when the profile has no model of its family and an
 admin has turned on a provider's model for it. That is never silent: the job's adjustments say it.
@@ -8,7 +8,7 @@ admin has turned on a provider's model for it. That is never silent: the job's a
 from dataclasses import dataclass
 
 from db.providers import ApiModel, Providers
-from deployments.provider_inputs import key_of, refusals, task_of
+from deployments.provider.inputs import key_of, refusals, task_of
 from models.catalog import Family, JobType, default_for
 from models.params import FieldError, GivenParams, InvalidParams
 from models.profile import ModelSpec

@@ -7,7 +7,7 @@ import structlog
 from db.costs import CostProfiles
 from db.jobs import Jobs
 from models.catalog import JobType
-from models.costs import Costs
+from models.denoising.costs import Costs
 from models.params import GenerationParams
 
 log = structlog.get_logger()

@@ -18,7 +18,7 @@ from db.jobs import Status
 from db.queue import Claim, Settlement
 from db.reports import Open, Reported, Reports
 from deployments.egress import EgressError
-from deployments.provider_outputs import FETCH_SECONDS, MAX_OUTPUTS, TYPES, encode, host_allowed
+from deployments.provider.outputs import FETCH_SECONDS, MAX_OUTPUTS, TYPES, encode, host_allowed
 from deployments.storing import BUCKET, EncodedFile, Finishing, StorageFailed, Storing
 from models.engine import GenerationError
 from serve_app.api.problems import UNAVAILABLE, Problem

@@ -14,11 +14,11 @@ from deployments.destinations import EgressError
 from deployments.egress import Fetched
 from deployments.storing import REFERENCE_BUCKET
 from models.generation import InvalidInput
-from models.masks import open_mask
+from models.guiding.masks import open_mask
+from models.guiding.reference import Reference, ReferenceKind, StoredImage
 from models.media import open_reference
+from models.origin.pixels import pixel_hash, samples_of
 from models.params import FieldError, InvalidParams
-from models.pixels import pixel_hash, samples_of
-from models.reference import Reference, ReferenceKind, StoredImage
 from serve_app.api.problems import Problem
 from serve_app.edge import Edge
 from serve_app.sources import Inside, Source, locate

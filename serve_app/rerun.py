@@ -10,11 +10,11 @@ from db.access import Principal
 from db.blobs import BlobNotFound
 from db.jobs import Accepted, JobRecord, NewJob, Stage, Status
 from models.catalog import resolve
-from models.costs import shape_name
-from models.enhancement import strategy_of
-from models.loras import lora_errors
+from models.denoising.costs import shape_name
+from models.lora.loras import lora_errors
 from models.params import GenerationParams, InvalidParams
 from models.policy import check_prompt
+from models.prompting.enhancement import strategy_of
 from serve_app.admission import check_content_mode, installed
 from serve_app.api.problems import Problem
 from serve_app.edge import Edge

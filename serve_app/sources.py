@@ -18,7 +18,7 @@ from uuid import UUID
 from db.access import Principal
 from db.blobs import BUCKETS, BlobNotFound, InvalidBlobName
 from db.pictures import PICTURE_BUCKETS, Pictures
-from models.manifest import SOFTWARE
+from models.origin.manifest import SOFTWARE
 from serve_app.api.problems import Problem
 from serve_app.edge import Edge
 

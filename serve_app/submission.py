@@ -14,8 +14,8 @@ from db.jobs import Accepted, NewJob, Stage
 from db.pool import CONNECTION_FAULTS
 from db.providers import PROVIDER_QUEUE
 from models.catalog import Family
-from models.costs import shape_name
-from models.enhancement import strategy_of
+from models.denoising.costs import shape_name
+from models.prompting.enhancement import strategy_of
 from serve_app.admission import Checked, Submission, check
 from serve_app.api.problems import Problem, problem_of
 from serve_app.api.wire import FieldProblem

@@ -28,7 +28,7 @@ from benchmarks.cluster.peers import KINDS, Peer
 from benchmarks.cluster.system import System
 from benchmarks.cluster.table import BARE, SYSTEM, table, verdict
 from benchmarks.cluster.workload import CALLERS, EQUAL_STEPS, MIX, Lap, Work, equal, mixed
-from models.tiny import ensure_tiny
+from models.samples.tiny import ensure_tiny
 
 WARM_UP = 24  # images: the batching of BentoML learns from its first calls
 

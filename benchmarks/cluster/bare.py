@@ -11,12 +11,12 @@ from benchmarks.cluster.workload import GUIDANCE, SIZE, Lap, Tally, Work
 from deployments.storing import EncodedFile, Marking, encode
 from models.catalog import Family
 from models.engine import Engine, Generation, GenerationRequest
-from models.fingerprint import Fingerprint
-from models.manifest import Origin, xmp
+from models.origin.fingerprint import Fingerprint
+from models.origin.manifest import Origin, xmp
 from models.params import GenerationParams
 from models.profile import load_profile
+from models.samples.tiny import ensure_tiny
 from models.sdxl import SDXL
-from models.tiny import ensure_tiny
 
 
 class FixedStepSDXL(SDXL):

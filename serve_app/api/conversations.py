@@ -10,7 +10,7 @@ from db import conversations as db
 from db.access import Principal
 from db.conversations import Conversations, Exchange, MessageKey, NewConversation
 from db.idempotency import canonical_body
-from models.dialogue import clean_message
+from models.prompting.dialogue import clean_message
 from serve_app.api.auth import EdgeDep, User
 from serve_app.api.problems import DOCUMENTED, Problem
 from serve_app.api.replies import replay, reply

@@ -12,11 +12,11 @@ from ray.serve.exceptions import RayServeException
 
 from deployments.prompting import EnhanceRequest, choose_template, enhancement_account, load_counter
 from models.catalog import Family, RequestRefused
-from models.composition import MODIFY_TEMPLATE, compose_modification, compose_within, modify_strategy
-from models.enhancement import Enhancement, enhance
 from models.generation import GenerationError
 from models.policy import check_prompt
-from models.prompts import WINDOWS, TokenCounter
+from models.prompting.composition import MODIFY_TEMPLATE, compose_modification, compose_within, modify_strategy
+from models.prompting.enhancement import Enhancement, enhance
+from models.prompting.prompts import WINDOWS, TokenCounter
 from serve_app.api.auth import EdgeDep, User
 from serve_app.api.bodies import json_object
 from serve_app.api.wire_enhancement import ANSWER_SECONDS, BODY, Asking, read_request

@@ -14,7 +14,7 @@ from db.pool import as_user
 from db.providers import PROVIDER_QUEUE
 from deployments.storing import BUCKET, REFERENCE_BUCKET
 from models.catalog import Family, resolve
-from models.costs import shape_name
+from models.denoising.costs import shape_name
 from models.params import GenerationParams, GivenParams
 from models.policy import check_prompt
 from serve_app.admission import Submission, check_content_mode

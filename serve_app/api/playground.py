@@ -11,8 +11,8 @@ from fastapi import APIRouter, Request, Response
 
 from db.conversations import Conversations, Exchange, MessageKey
 from db.idempotency import canonical_body
-from models.dialogue import FIELD_CHARACTERS, Person, clean_message
 from models.params import ContentMode
+from models.prompting.dialogue import FIELD_CHARACTERS, Person, clean_message
 from serve_app.api.auth import EdgeDep, User
 from serve_app.api.bodies import CARRIED, SWITCH, TEXT, dialect, json_object, one_of
 from serve_app.api.conversations import OF_MODEL, ChatKey, owned, refuse_unknown

@@ -7,8 +7,8 @@ from fastapi import APIRouter, Request
 from db.inventory import Inventory
 from deployments.prompting import negatives_of
 from models.catalog import FAMILIES, Family
-from models.negatives import GenerationMode, negative_prompt
 from models.params import ContentMode
+from models.prompting.negatives import GenerationMode, negative_prompt
 from serve_app.api.auth import Admin, EdgeDep, User
 from serve_app.api.bodies import SWITCH, dialect, one_of, optional_object
 from serve_app.api.problems import Problem

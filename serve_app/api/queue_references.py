@@ -6,8 +6,8 @@ For an image there is one, `reference_image_url`; for a video a start and an end
 from typing import cast
 
 from models.catalog import Format, JobType
+from models.guiding.reference import ReferenceKind
 from models.profile import ModelSpec
-from models.reference import ReferenceKind
 from serve_app.api.fields import Fields
 from serve_app.api.problems import Problem
 from serve_app.api.wire import Adjusted

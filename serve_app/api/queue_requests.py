@@ -9,10 +9,10 @@ from typing import Any
 
 from deployments.prompting import negatives_of
 from models.catalog import Family, FamilyDefaults, Format, JobType, resolve
-from models.negatives import GenerationMode, negative_prompt
 from models.params import MAX_PROMPT_CHARACTERS, ContentMode
 from models.policy import check_prompt
 from models.profile import ModelSpec
+from models.prompting.negatives import GenerationMode, negative_prompt
 from serve_app.admission import Submission, installed
 from serve_app.api.fields import Fields, is_number, text
 from serve_app.api.problems import Problem

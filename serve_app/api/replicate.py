@@ -16,8 +16,8 @@ from db.access import Principal
 from db.idempotency import canonical_body
 from db.jobs import Status
 from db.providers import REPLICATE, ApiModel, Providers
-from deployments.provider_api import VERSION
-from deployments.provider_inputs import task_of
+from deployments.provider.api import VERSION
+from deployments.provider.inputs import task_of
 from deployments.storing import BUCKET
 from models.catalog import Format, JobType, resolve
 from serve_app.admission import Submission

@@ -22,7 +22,7 @@ from standardwebhooks.webhooks import WebhookVerificationError
 
 from db.jobs import Status
 from db.providers import PROVIDER_QUEUE, Providers
-from deployments.provider_api import PREDICTION_ID
+from deployments.provider.api import PREDICTION_ID
 from serve_app.api.auth import EdgeDep
 from serve_app.api.bodies import TEXT, dialect, json_object, one_of
 from serve_app.api.problems import Problem

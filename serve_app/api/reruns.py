@@ -7,7 +7,7 @@ from fastapi import APIRouter, Path, Response
 
 from db.idempotency import canonical_body
 from db.pool import as_user
-from models.manifest import Manifest
+from models.origin.manifest import Manifest
 from serve_app.api.auth import EdgeDep, User
 from serve_app.api.jobs import IdempotencyKey, may_see, read_job
 from serve_app.api.problems import Problem

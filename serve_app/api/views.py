@@ -10,7 +10,7 @@ from db.blobs import UrlSigner
 from db.jobs import JobRecord, Status
 from deployments.previews import preview_key
 from deployments.storing import BUCKET
-from models.preview import preview_size
+from models.denoising.preview import preview_size
 from serve_app.api.wire import Adjusted, Asset, CallbackDelivery, Job, JobError, JobUrls, Key, Preview, Progress
 
 PREVIEW_URL_SECONDS = 60

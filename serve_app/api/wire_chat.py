@@ -7,7 +7,7 @@ from uuid import UUID
 from pydantic import BaseModel, ConfigDict, Field
 
 from db.conversations import TITLE_CHARACTERS
-from models.dialogue import MAX_MESSAGE_CHARACTERS
+from models.prompting.dialogue import MAX_MESSAGE_CHARACTERS
 from serve_app.api.wire_requests import PRINTABLE
 from serve_app.chat import ConversationType
 

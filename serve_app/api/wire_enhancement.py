@@ -13,7 +13,7 @@ from models.catalog import JOB_TYPES, Family, Format, Quality, resolve
 from models.fields import cleaned
 from models.params import ContentMode, clean_prompt
 from models.policy import check_prompt
-from models.selection import ENHANCEMENT
+from models.prompting.selection import ENHANCEMENT
 from serve_app.api.bodies import SWITCH, TEXT, dialect, one_of
 from serve_app.api.problems import Problem
 from serve_app.edge import Edge

@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.loras import LoraUse
-from models.reference import ReferenceKind
+from models.guiding.reference import ReferenceKind
+from models.lora.loras import LoraUse
 
 PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 CallbackEvent = Literal["processing", "completed", "failed", "cancelled"]

@@ -15,7 +15,7 @@ from deployments.loras import sources
 from deployments.settings import Settings
 from models.catalog import Family
 from models.generation import GenerationError
-from models.lora_files import ProfileLoras
+from models.lora.files import ProfileLoras
 from serve_app.cli.calls import AsJson, database, load_settings, run
 from serve_app.cli.terminal import FAILED, USAGE, Stop, say, show, show_json, show_table
 

@@ -2,8 +2,8 @@ import torch
 
 from benchmarks import random_models
 from benchmarks.acceleration import Measured, Row, measure, rows, table
-from models.acceleration import EXACT, LOSSY, Acceleration
 from models.catalog import Family
+from models.denoising.acceleration import EXACT, LOSSY, Acceleration
 
 
 def test_rows_cover_every_switch_and_say_which_are_exact() -> None:

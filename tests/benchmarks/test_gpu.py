@@ -8,8 +8,8 @@ import torch
 from benchmarks import random_models
 from benchmarks.gpu import GOALS, PARTS, STOCK, main, settings, tables
 from benchmarks.gpu_bench import Bench, Shape, _decode_tflop, _forward_tflop, run_case
-from models.acceleration import Acceleration
 from models.catalog import Family
+from models.denoising.acceleration import Acceleration
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 
 from db.prompts import NegativeRow, Prompts, TemplateRow
 from deployments.prompting import negative_rows, negatives_of, template_rows, templates_of
-from models.negatives import builtin_negatives
-from models.prompts import builtin_templates
+from models.prompting.negatives import builtin_negatives
+from models.prompting.prompts import builtin_templates
 
 
 @pytest.fixture

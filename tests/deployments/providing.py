@@ -7,8 +7,8 @@ from typing import Any
 from uuid import UUID
 
 from deployments.metrics import Metrics
-from deployments.provider import ProviderClaims
-from deployments.provider_run import Pace
+from deployments.provider.claims import ProviderClaims
+from deployments.provider.run import Pace
 from deployments.settings import Settings
 from models.catalog import default_for, resolve
 from models.params import GivenParams, resolve_params

@@ -17,9 +17,9 @@ from deployments.metrics import Metrics
 from deployments.prompting import negative_rows, template_rows
 from deployments.settings import Settings
 from models.generation import InvalidInput, ModelLoadFailed
-from models.language import Completion, Message, Sampling
 from models.policy import ContentRejected
 from models.qwen import Qwen
+from models.writing.language import Completion, Message, Sampling
 from tests.deployments.conftest import Desk
 
 PROMPT = "a lighthouse on a cliff"

@@ -12,7 +12,7 @@ from PIL import Image
 from db.blobs import BlobStore
 from db.notify import Notifier
 from db.queue import Queue
-from deployments.provider_run import Pace
+from deployments.provider.run import Pace
 from deployments.settings import Settings
 from models.media import read_xmp
 from tests.deployments.conftest import Desk

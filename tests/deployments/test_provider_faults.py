@@ -9,8 +9,8 @@ import pytest
 from db.blobs import BlobStore
 from db.providers import Providers
 from deployments.metrics import Metrics
-from deployments.provider import ProviderClaims
-from deployments.provider_run import Pace
+from deployments.provider.claims import ProviderClaims
+from deployments.provider.run import Pace
 from deployments.settings import Settings
 from tests.deployments.conftest import Desk
 from tests.deployments.providing import PACE, PROMPT, claiming, ended, run_now, settings_for, submit, usage

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from db.providers import ApiModel, ApiProvider
-from deployments.provider_api import OutputUnreadable, Remote
-from deployments.provider_inputs import build, facts, input_hash, refusals, task_of
-from deployments.provider_outputs import encode, host_allowed
-from deployments.provider_run import cost
+from deployments.provider.api import OutputUnreadable, Remote
+from deployments.provider.inputs import build, facts, input_hash, refusals, task_of
+from deployments.provider.outputs import encode, host_allowed
+from deployments.provider.run import cost
 from deployments.storing import Finishing, Marking
 from models.catalog import Format, default_for, resolve
 from models.media import encode_mp4, probe, read_xmp

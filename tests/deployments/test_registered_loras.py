@@ -7,7 +7,7 @@ import pytest
 
 from db.training import EpochResult, Numbered, TrainingRun, Trainings
 from deployments.settings import Settings
-from models.lora_files import read_lora
+from models.lora.files import read_lora
 from tests.deployments.conftest import Desk
 from tests.deployments.test_replica import SECRET, ended, serving, submit
 from tests.models.lora_making import make_lora

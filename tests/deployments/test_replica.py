@@ -20,8 +20,8 @@ from deployments.metrics import Metrics
 from deployments.replica import Replica
 from deployments.settings import Settings, SettingsError
 from models.catalog import Family, resolve
+from models.origin.pixels import decode, pixel_hash
 from models.params import GivenParams, resolve_params
-from models.pixels import decode, pixel_hash
 from tests.deployments.conftest import Desk
 
 SECRET = "s" * 40

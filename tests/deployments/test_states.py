@@ -21,7 +21,7 @@ from deployments.settings import Settings
 from deployments.states import job_of_state, state_key
 from deployments.storing import BUCKET
 from deployments.upkeep import Upkeep
-from models.pixels import decode, pixel_hash
+from models.origin.pixels import decode, pixel_hash
 from tests.deployments.conftest import Desk
 from tests.deployments.test_replica import ended, submit
 

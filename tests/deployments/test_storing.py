@@ -14,12 +14,12 @@ from db.blobs import BlobStore, UrlSigner
 from db.queue import Claim
 from deployments.settings import Settings, SettingsError
 from deployments.storing import BUCKET, Marking, Storing, encode
-from models.fingerprint import Fingerprint
 from models.generation import Generation
-from models.manifest import Manifest, Origin, xmp
 from models.media import read_manifest, read_xmp
+from models.origin.fingerprint import Fingerprint
+from models.origin.manifest import Manifest, Origin, xmp
+from models.origin.pixels import decode, pixel_hash
 from models.params import GenerationParams
-from models.pixels import decode, pixel_hash
 from tests.models.signing import issue
 
 PROMPT = "a very private lighthouse"

@@ -11,8 +11,8 @@ from PIL import Image
 from models.engine import Control, GenerationRequest, Phase
 from models.params import GenerationParams
 from models.profile import ModelSpec, load_profile
+from models.samples.tiny import ensure_tiny
 from models.sdxl import SDXL
-from models.tiny import ensure_tiny
 from models.wan import WAN
 
 

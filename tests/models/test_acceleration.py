@@ -10,7 +10,8 @@ from diffusers import StableDiffusionXLPipeline, WanPipeline
 from peft import LoraConfig
 from pydantic import ValidationError
 
-from models.acceleration import (
+from models.catalog import Family, default_for
+from models.denoising.acceleration import (
     EXACT,
     LOSSY,
     Acceleration,
@@ -22,7 +23,6 @@ from models.acceleration import (
     denoisers,
     warm,
 )
-from models.catalog import Family, default_for
 from models.generation import ModelLoadFailed
 from models.profile import ModelSpec, load_profile
 

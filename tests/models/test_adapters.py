@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from models.adapters import Adapters
-from models.lora_files import LoraInvalid, LoraNoRoom, ProfileLoras
-from models.lora_rows import AdapterSet, applied
-from models.loras import LoraSource, LoraUse
+from models.lora.adapters import Adapters
+from models.lora.files import LoraInvalid, LoraNoRoom, ProfileLoras
+from models.lora.loras import LoraSource, LoraUse
+from models.lora.rows import AdapterSet, applied
 from tests.models.lora_making import make_lora
 
 ROOMY = 1 << 30

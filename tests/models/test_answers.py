@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from models.answers import cleaned, unusable
+from models.prompting.answers import cleaned, unusable
 
 GOOD = [
     (

@@ -110,8 +110,9 @@ def test_with_overrides_refuses_what_does_not_hang_together(overrides: dict[str,
 
 def test_importing_the_text_modules_loads_no_heavy_library() -> None:
     program = (
-        "import sys; import models.catalog, models.params, models.prompts, models.policy, models.answers,"
-        " models.enhancement, models.qwen; print(sorted({'torch', 'transformers', 'diffusers'} & set(sys.modules)))"
+        "import sys; import models.catalog, models.params, models.policy, models.qwen, models.prompting.prompts,"
+        " models.prompting.answers, models.prompting.enhancement;"
+        " print(sorted({'torch', 'transformers', 'diffusers'} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

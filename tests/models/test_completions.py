@@ -1,7 +1,7 @@
 import pytest
 
-from models.completions import CompletionCache, completion_key
-from models.language import Completion, FinishReason, Sampling
+from models.writing.completions import CompletionCache, completion_key
+from models.writing.language import Completion, FinishReason, Sampling
 
 IDS = [1, 2, 3]
 

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.composition import SAME_SUBJECT, compose_modification, compose_within, modify_strategy
-from models.prompts import TokenCounter
-from models.tiny import ensure_tiny
+from models.prompting.composition import SAME_SUBJECT, compose_modification, compose_within, modify_strategy
+from models.prompting.prompts import TokenCounter
+from models.samples.tiny import ensure_tiny
 
 
 @pytest.fixture(scope="session")

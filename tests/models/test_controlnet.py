@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image, ImageChops, ImageOps
 
-from models.costs import shape_name
-from models.denoiser import Call, run_together
+from models.denoising.costs import shape_name
+from models.denoising.denoiser import Call, run_together
+from models.denoising.preview import Snapshots
+from models.denoising.resumption import States
 from models.engine import Generation, GenerationRequest, InvalidInput
-from models.outlines import outlines
-from models.preview import Snapshots
-from models.resumption import States
+from models.guiding.outlines import outlines
+from models.samples.tiny import ensure_tiny
+from models.samples.tiny_guides import STYLE_FILE
 from models.sdxl import SCHEDULERS, SDXL
-from models.tiny import ensure_tiny
-from models.tiny_guides import STYLE_FILE
 from tests.models.test_engine_equality import TOLERANCE, Arrival, batching, difference, run
 
 Make = Callable[..., GenerationRequest]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from models.costs import RAISE_AFTER, Costs, Shape, rows_of, shape_of
+from models.denoising.costs import RAISE_AFTER, Costs, Shape, rows_of, shape_of
+from models.denoising.measuring import identity_of, measured
 from models.engine import Control
-from models.measuring import identity_of, measured
 from models.params import GenerationParams
 from models.sdxl import SDXL
 from models.wan import WAN

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from models.detokenizing import TextStream
+from models.writing.detokenizing import TextStream
 
 
 def by_bytes(ids: object) -> str:

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from models.dialogue import (
+from models.fields import InvalidParams
+from models.params import ContentMode
+from models.policy import check_prompt
+from models.prompting.dialogue import (
     MESSAGE_TOKENS,
     ByteCounter,
     Cast,
@@ -17,12 +20,9 @@ from models.dialogue import (
     system_prompt,
     within_budget,
 )
-from models.fields import InvalidParams
-from models.language import Message
-from models.params import ContentMode
-from models.policy import check_prompt
-from models.prompts import NoTemplate, TokenCounter
-from models.tiny import ensure_tiny
+from models.prompting.prompts import NoTemplate, TokenCounter
+from models.samples.tiny import ensure_tiny
+from models.writing.language import Message
 
 ADA = Person("Ada", "a painter", "calm", "grew up at sea", "slowly", mood="tired", voice_examples=("Well.", "So."))
 

@@ -3,11 +3,11 @@ from typing import Any
 
 import pytest
 
-from models.emphasis import CompelWeights, emphasise, word_groups
 from models.engine import GenerationRequest
 from models.params import GivenParams, InvalidParams
+from models.prompting.emphasis import CompelWeights, emphasise, word_groups
+from models.prompting.weighting import Weighting, check_parsable, plain_text
 from models.sdxl import SDXL
-from models.weighting import Weighting, check_parsable, plain_text
 
 Make = Callable[..., GenerationRequest]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from models.costs import Costs
+from models.denoising.costs import Costs
 from models.engine import (
     Cancelled,
     Control,

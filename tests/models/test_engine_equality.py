@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from models.costs import Costs, shape_of
+from models.denoising.costs import Costs, shape_of
+from models.denoising.preview import Snapshots
 from models.engine import Cancelled, Engine, GenerationRequest, Ticket
 from models.params import GenerationParams
 from models.pipeline import PipelineModel
-from models.preview import Snapshots
 from models.sdxl import SCHEDULERS, SDXL
 from models.wan import SCHEDULERS as WAN_SCHEDULERS
 from models.wan import WAN

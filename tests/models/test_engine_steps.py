@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from models.costs import Costs, Shape, shape_of
+from models.denoising.costs import Costs, Shape, shape_of
 from models.engine import (
     Cancelled,
     DeviceBroken,

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from models.catalog import Family
-from models.enhancement import Enhancement, Tier, enhance, strategy_of, usable_answer
 from models.generation import Cancelled
-from models.language import Answer, Completion, FinishReason, Message, Sampling
 from models.policy import ContentRejected
 from models.profile import ModelSpec
-from models.prompts import Template, TokenCounter, builtin_templates
+from models.prompting.enhancement import Enhancement, Tier, enhance, strategy_of, usable_answer
+from models.prompting.prompts import Template, TokenCounter, builtin_templates
 from models.qwen import Qwen
-from models.tiny import ensure_tiny
+from models.samples.tiny import ensure_tiny
+from models.writing.language import Answer, Completion, FinishReason, Message, Sampling
 
 PROMPT = "a red fox on a mossy log in the forest"
 RAMBLING = (

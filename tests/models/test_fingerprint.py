@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from models.fingerprint import CONFIGURATION, Hashes, checkpoint_files, fingerprint
+from models.origin.fingerprint import CONFIGURATION, Hashes, checkpoint_files, fingerprint
 from models.profile import ModelSpec
 
 

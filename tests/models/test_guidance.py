@@ -15,7 +15,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from models.guidance import guidance_interval
+from models.denoising.guidance import guidance_interval
 
 STEPS = 8
 INTERVALS = [(0.0, 0.5), (0.25, 0.75), (0.5, 1.0), (0.3, 0.7), (0.0, 1.0)]

@@ -4,10 +4,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from models.fingerprint import checkpoint_files
+from models.origin.fingerprint import checkpoint_files
 from models.profile import ModelSpec, load_profile, weights_present
-from models.tiny import ensure_tiny
-from models.tiny_guides import CHARACTER_FILE, STYLE_FILE
+from models.samples.tiny import ensure_tiny
+from models.samples.tiny_guides import CHARACTER_FILE, STYLE_FILE
 
 ADAPTER = {"source": "tiny", "subfolder": "sdxl_models", "image_encoder": "models/image_encoder", "style": STYLE_FILE}
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from models.costs import shape_name
-from models.embeddings import Embeddings
+from models.denoising.costs import shape_name
+from models.denoising.embeddings import Embeddings
+from models.denoising.lanes import Lanes
+from models.denoising.resumption import States
 from models.engine import Engine, GenerationRequest, InvalidInput, ModelLoadFailed
 from models.generation import ReferenceTypeUnavailable
-from models.lanes import Lanes
-from models.loras import LoraUse
+from models.lora.loras import LoraUse
 from models.profile import ModelSpec
-from models.resumption import States
-from models.tiny import ensure_tiny
+from models.samples.tiny import ensure_tiny
 from models.wan import SCHEDULERS, WAN
 from tests.models.test_engine_equality import TOLERANCE, Arrival, batching, difference, run, stock_wan
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from models.denoising.lanes import adopt
+from models.denoising.preview import Snapshots
 from models.engine import Engine, GenerationRequest, InvalidInput
 from models.generation import ReferenceTypeUnavailable
-from models.image_prompts import ImagePrompt
-from models.lanes import adopt
-from models.loras import LoraSource, LoraUse
-from models.preview import Snapshots
+from models.guiding.image_prompts import ImagePrompt
+from models.lora.loras import LoraSource, LoraUse
 from models.profile import ModelSpec
+from models.samples.tiny import ensure_tiny
+from models.samples.tiny_guides import CHARACTER_FILE, STYLE_FILE
 from models.sdxl import SCHEDULERS, SDXL
-from models.tiny import ensure_tiny
-from models.tiny_guides import CHARACTER_FILE, STYLE_FILE
 from tests.models.lora_making import make_lora
 from tests.models.test_engine_equality import TOLERANCE, Arrival, batching, difference, run
 
@@ -234,7 +234,7 @@ def test_picture_is_encoded_once(sdxl: SDXL, prompted: Make, recorder: Any) -> N
 async def test_state_is_gone_on_from_with_the_same_references_only(
     sdxl: SDXL, prompted: Make, face: bytes, recorder: Any
 ) -> None:
-    from models.resumption import States
+    from models.denoising.resumption import States
 
     states, snapshots = States(2), Snapshots(0)
     request = prompted(style=0.6, steps=6)

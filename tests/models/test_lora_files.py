@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.lora_files import LoraInvalid, LoraUnavailable, ProfileLoras
-from models.loras import LoraSource
+from models.lora.files import LoraInvalid, LoraUnavailable, ProfileLoras
+from models.lora.loras import LoraSource
 
 PAIR = {"unet.to_q.lora_A.weight": torch.ones(2, 8), "unet.to_q.lora_B.weight": torch.ones(8, 2)}
 

@@ -12,7 +12,7 @@ import torch
 
 from models.engine import Engine, GenerationRequest
 from models.generation import Control, Generation, GenerationError
-from models.loras import LoraSource
+from models.lora.loras import LoraSource
 from models.profile import ModelSpec
 from models.sdxl import SDXL
 from models.wan import WAN

@@ -9,11 +9,20 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from models.fingerprint import Fingerprint
 from models.generation import Generation
-from models.manifest import TRAINED_ALGORITHMIC_MEDIA, Difference, Manifest, Origin, Pixels, describe, differences, xmp
+from models.guiding.reference import StoredImage
+from models.origin.fingerprint import Fingerprint
+from models.origin.manifest import (
+    TRAINED_ALGORITHMIC_MEDIA,
+    Difference,
+    Manifest,
+    Origin,
+    Pixels,
+    describe,
+    differences,
+    xmp,
+)
 from models.params import GenerationParams, Reference
-from models.reference import StoredImage
 
 PROMPT, ENHANCED, NEGATIVE = "a very private lighthouse", "a red mill on a hill", "nothing blurry"
 PIXELS = Pixels(sha256="a" * 64, width=64, height=48)

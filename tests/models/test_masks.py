@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from models.generation import InvalidInput
-from models.masks import fit_mask, open_mask
+from models.guiding.masks import fit_mask, open_mask
 
 PIXELS, BYTES = 1_000_000, 1_000_000
 SQUARE = (64, 64)

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from models.engine import InvalidInput
-from models.manifest import xmp
 from models.media import (
     MANIFEST_KEY,
     UnreadableMedia,
@@ -20,6 +19,7 @@ from models.media import (
     read_xmp,
     thumbnail,
 )
+from models.origin.manifest import xmp
 
 PIXELS, BYTES = 1_000_000, 1_000_000
 

@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 
 from models.catalog import Family
-from models.negatives import NegativePreset, builtin_negatives, negative_prompt
-from models.prompts import TokenCounter
-from models.tiny import ensure_tiny
+from models.prompting.negatives import NegativePreset, builtin_negatives, negative_prompt
+from models.prompting.prompts import TokenCounter
+from models.samples.tiny import ensure_tiny
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
-from models.order import AGEING, PATIENCE_SECONDS, Order, Work
+from models.denoising.order import AGEING, PATIENCE_SECONDS, Order, Work
 
 A = Work(key="a", rows=2, remaining=10.0, waited=0.0)
 

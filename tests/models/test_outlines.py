@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import Image
 
-from models.outlines import outlines
+from models.guiding.outlines import outlines
 
 
 def test_a_square_has_a_thin_outline_and_nothing_else() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.catalog import Family, default_for, resolve
-from models.loras import LoraUse
+from models.lora.loras import LoraUse
 from models.params import (
     MAX_SEED,
     GenerationParams,

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from models.denoising.stopwatch import Stopwatch
 from models.engine import Cancelled, GenerationRequest, ModelLoadFailed
 from models.pipeline import generators, seeds_from
 from models.profile import ModelSpec
-from models.stopwatch import Stopwatch
 from models.wan import WAN
 
 Make = Callable[..., GenerationRequest]

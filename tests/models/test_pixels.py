@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from models.media import UnreadableMedia, describe_mp4, encode_mp4, encode_png
-from models.pixels import decode, pixel_difference, pixel_hash, samples_of
+from models.origin.pixels import decode, pixel_difference, pixel_hash, samples_of
 
 
 def noise(*shape: int) -> np.ndarray:

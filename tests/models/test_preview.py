@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import models.engine
+from models.denoising.preview import PreviewFailed, Snapshot, Snapshots, preview_size, projections, render, to_rgb
 from models.engine import Engine, GenerationRequest
-from models.preview import PreviewFailed, Snapshot, Snapshots, preview_size, projections, render, to_rgb
 from models.sdxl import SCHEDULERS, SDXL
 from models.wan import WAN
 

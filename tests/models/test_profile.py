@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from models.catalog import Family, default_for
-from models.loras import LoraSource
+from models.lora.loras import LoraSource
 from models.profile import (
     Card,
     ModelSpec,

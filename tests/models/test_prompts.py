@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.catalog import Format, Quality
-from models.prompts import (
+from models.prompting.prompts import (
     Budget,
     TokenCounter,
     add_rule_terms,
@@ -14,7 +14,7 @@ from models.prompts import (
     builtin_templates,
     fit,
 )
-from models.tiny import ensure_tiny
+from models.samples.tiny import ensure_tiny
 
 LONG = (
     "A red fox on a mossy log, deep in an old forest, its fur wet from the rain, ferns and mushrooms all around, "

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.manifest import TRAINED_ALGORITHMIC_MEDIA, xmp
 from models.media import MANIFEST_KEY, describe_mp4, encode_mp4, encode_png, probe, read_manifest, read_xmp
-from models.pixels import decode
-from models.provenance import ContentSigner, SigningUnavailable
+from models.origin.manifest import TRAINED_ALGORITHMIC_MEDIA, xmp
+from models.origin.pixels import decode
+from models.origin.provenance import ContentSigner, SigningUnavailable
 from tests.models.signing import Signing, issue
 
 c2pa = pytest.importorskip("c2pa", reason="the extra c2pa is not installed")

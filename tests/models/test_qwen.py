@@ -13,13 +13,13 @@ from typing import Any
 import psutil
 import pytest
 
-from models.completions import CompletionCache
 from models.generation import Cancelled, DeviceBroken, GenerationFailed, InvalidInput, ModelLoadFailed, OutOfMemory
-from models.language import Answer, Completion, LanguageModelBusy, Message, Priority, Sampling, language_backend
 from models.profile import ModelSpec
 from models.qwen import Qwen
-from models.tiny import ensure_tiny
-from models.vllm_backend import VllmBackend
+from models.samples.tiny import ensure_tiny
+from models.writing.completions import CompletionCache
+from models.writing.language import Answer, Completion, LanguageModelBusy, Message, Priority, Sampling, language_backend
+from models.writing.vllm_backend import VllmBackend
 
 CHAT = [Message("system", "Rewrite the request."), Message("user", "a cat on a roof")]
 LONG = 15_000  # tokens that no test waits for

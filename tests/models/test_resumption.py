@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from PIL import Image, ImageOps
 
+from models.denoising.preview import Snapshots
+from models.denoising.resumption import DenoisingState, States, StateUnusable
 from models.engine import Cancelled, GenerationRequest
 from models.pipeline import PipelineModel
-from models.preview import Snapshots
-from models.resumption import DenoisingState, States, StateUnusable
 from models.sdxl import SCHEDULERS, SDXL
 from models.wan import SCHEDULERS as WAN_SCHEDULERS
 from models.wan import WAN

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from models.sampling import gumbel_noise, noise_key, sampled_tokens
+from models.writing.sampling import gumbel_noise, noise_key, sampled_tokens
 
 
 def keys(seed: int, positions: int) -> torch.Tensor:

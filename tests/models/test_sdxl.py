@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from models.denoising.preview import Snapshots
 from models.engine import Cancelled, GenerationRequest, InvalidInput, ModelLoadFailed
+from models.guiding.reference import StoredImage
 from models.params import Reference
-from models.preview import Snapshots
 from models.profile import ModelSpec
-from models.reference import StoredImage
+from models.samples.tiny import ensure_tiny
 from models.sdxl import SCHEDULERS, SDXL
-from models.tiny import ensure_tiny
 
 Make = Callable[..., GenerationRequest]
 

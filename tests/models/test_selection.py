@@ -4,8 +4,8 @@ import pytest
 
 from models.catalog import Family, Format, Quality
 from models.params import ContentMode
-from models.prompts import NoTemplate, builtin_templates
-from models.selection import Wanted, select_template
+from models.prompting.prompts import NoTemplate, builtin_templates
+from models.prompting.selection import Wanted, select_template
 
 
 def wanted(

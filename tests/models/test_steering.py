@@ -3,9 +3,9 @@ from typing import Any
 import pytest
 
 from models.catalog import default_for, resolve
-from models.loras import LoraUse
+from models.guiding.reference import Reference
+from models.lora.loras import LoraUse
 from models.params import GenerationParams, GivenParams, InvalidParams, Methods, Resolved, resolve_params
-from models.reference import Reference
 
 IMAGE = {"bucket": "b", "key": "k"}
 SDXL: Methods = {"image": "image_to_image", "composition": "controlnet", "style": "ip_adapter"}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from models import tiny
-from models.tiny import ensure_tiny
+from models.samples import tiny
+from models.samples.tiny import ensure_tiny
 
 
 def digest(folder: Path) -> str:
@@ -80,7 +80,7 @@ _BUILD_ON_A_SIGN = """
 import sys
 from pathlib import Path
 import diffusers, transformers  # imported first, so that both start building at the same time
-from models.tiny import ensure_tiny
+from models.samples.tiny import ensure_tiny
 print("ready", flush=True)
 sys.stdin.readline()
 print(ensure_tiny("wan", Path(sys.argv[1])), flush=True)

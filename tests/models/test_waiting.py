@@ -1,4 +1,4 @@
-from models.waiting import JOB_HANDICAP_SECONDS, WaitingLine
+from models.writing.waiting import JOB_HANDICAP_SECONDS, WaitingLine
 
 
 class Clock:

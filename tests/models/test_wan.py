@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.acceleration import blank_inputs, denoisers
+from models.denoising.acceleration import blank_inputs, denoisers
 from models.engine import Cancelled, GenerationRequest, InvalidInput, ModelLoadFailed
 from models.params import Reference
 from models.profile import ModelSpec
-from models.tiny import ensure_tiny
+from models.samples.tiny import ensure_tiny
 from models.wan import WAN
 from tests.models.lora_making import make_lora
 

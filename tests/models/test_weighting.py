@@ -4,8 +4,7 @@ from typing import Any
 import pytest
 
 from models.engine import GenerationRequest
-from models.sdxl import SDXL
-from models.weighting import (
+from models.prompting.weighting import (
     MAX_WINDOWS,
     Weighting,
     WeightingFailed,
@@ -13,6 +12,7 @@ from models.weighting import (
     plain_text,
     with_compel_weights,
 )
+from models.sdxl import SDXL
 
 Make = Callable[..., GenerationRequest]
 

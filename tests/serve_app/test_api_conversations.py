@@ -16,7 +16,7 @@ import pytest_asyncio
 import uvicorn
 
 from models.generation import GenerationFailed, ModelLoadFailed
-from models.language import Answer, Completion, LanguageModelBusy, Message, Sampling
+from models.writing.language import Answer, Completion, LanguageModelBusy, Message, Sampling
 from serve_app import answer as answering
 from serve_app.api.problems import Problem
 from serve_app.chat import Turn

@@ -8,7 +8,7 @@ import httpx2
 import pytest
 from ray.exceptions import RayActorError
 
-from models.composition import MODIFY_TEMPLATE, SAME_SUBJECT
+from models.prompting.composition import MODIFY_TEMPLATE, SAME_SUBJECT
 from serve_app.api.wire_enhancement import LANGUAGE_MODELS
 from tests.serve_app.conftest import InProcess
 from tests.serve_app.language import Handle, talking

@@ -20,7 +20,7 @@ import pytest
 import pytest_asyncio
 from PIL import Image
 
-from models.tiny import ensure_tiny
+from models.samples.tiny import ensure_tiny
 from tests.deployments import hostile
 from tests.serve_app.conftest import InProcess, a_job, in_process
 

@@ -11,8 +11,8 @@ import pytest
 
 from db.jobs import Status
 from deployments.metrics import Metrics
-from deployments.provider import ProviderClaims
-from deployments.provider_run import Pace
+from deployments.provider.claims import ProviderClaims
+from deployments.provider.run import Pace
 from tests.provider_standin import TOKEN, VERSION, Standin, standing_in, turn_on
 from tests.serve_app.conftest import InProcess, a_job, in_process
 

@@ -18,7 +18,7 @@ from db.jobs import Status
 from db.queue import NewAsset
 from deployments.metrics import Metrics
 from deployments.replica import Replica
-from models.tiny import ensure_tiny
+from models.samples.tiny import ensure_tiny
 from serve_app.client import Client
 from tests.serve_app.conftest import InProcess, a_job
 from tests.serve_app.running import Site, running

@@ -12,7 +12,7 @@ from db.blobs import StorageUnavailable
 from db.jobs import Status
 from db.library import WORKSPACE_BUCKET
 from db.uploads import UPLOAD_BUCKET
-from models.pixels import decode, pixel_hash
+from models.origin.pixels import decode, pixel_hash
 from tests.serve_app.queueing import QUEUE, STEERED, Gallery, gallery, png, send
 from tests.serve_app.test_rerun import A_MANIFEST, an_asset
 

@@ -1,0 +1,1 @@
+"""Jobs at an outside provider: claims, calls, inputs, outputs, strays."""

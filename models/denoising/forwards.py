@@ -1,0 +1,90 @@
+"""Forwards: which parked requests run together next, and how a forward that fails finds the one that is guilty."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Sequence
+
+import structlog
+
+from models.denoising.costs import Costs, Shape
+from models.denoising.denoiser import run_together
+from models.denoising.lanes import Pace
+from models.denoising.order import Order
+from models.denoising.runs import Run
+from models.generation import (
+    DeviceBroken,
+    GenerationError,
+    OutOfMemory,
+    as_generation_error,
+    release_device_memory,
+)
+
+log = structlog.get_logger()
+
+Outcome = tuple[Run, object, GenerationError | None]
+
+
+class Forwards:
+    """The denoising thread's way through the parked requests, one forward at a time."""
+
+    def __init__(self) -> None:
+        self.count = self.rows = 0
+        self._order = Order()
+        self._paces: dict[str, Pace] = {}
+
+    def step(self, parked: Sequence[Run]) -> list[Outcome]:
+        """Run the next forward: those that were in it, with their outputs or errors."""
+        now = time.monotonic()
+        works = [run.work(now) for run in parked]
+        known: dict[Hashable, tuple[Costs, Shape]] = {
+            work.key: (run.costs, run.shape) for run, work in zip(parked, works, strict=True)
+        }
+
+        def cap(key: Hashable) -> int:
+            costs, shape = known[key]
+            return costs.cap(shape)
+
+        def seconds(key: Hashable, rows: int) -> float:
+            costs, shape = known[key]
+            return costs.seconds(shape, rows) or 0.0
+
+        indices = set(self._order.choose(works, cap, seconds))
+        for index, run in enumerate(parked):
+            if index not in indices:
+                run.ticket.advance()  # it is alive; it has given way
+        return self._run([run for index, run in enumerate(parked) if index in indices])
+
+    def _run(self, runs: Sequence[Run]) -> list[Outcome]:
+        """The outputs of the parked calls, run together; where that fails, each alone, so that only the guilty fail."""
+        calls = [run.call for run in runs if run.call is not None]
+        first = runs[0]
+        shape, rows = first.shape, sum(call.rows for call in calls)
+        started = time.perf_counter()
+        try:
+            outputs = run_together(calls)
+            self._pace(first).keep()
+        except BaseException as error:
+            failure = as_generation_error(error)
+            if isinstance(failure, DeviceBroken) or len(runs) == 1:
+                return [(run, None, as_generation_error(error)) for run in runs]
+            log.warning("forward_split", requests=len(runs), rows=rows, code=failure.code, reason=failure.message)
+        else:
+            self._account(runs, shape, rows, time.perf_counter() - started)
+            return list(zip(runs, outputs, [None] * len(runs), strict=True))
+        # outside of the handler, whose exception holds the memory of the failed forward
+        if isinstance(failure, OutOfMemory):
+            first.costs.lower_cap(shape, rows)
+            release_device_memory()
+        return [outcome for run in runs for outcome in self._run([run])]
+
+    def _pace(self, run: Run) -> Pace:
+        return self._paces.setdefault(run.model.model_name, Pace(run.model.device))
+
+    def _account(self, runs: Sequence[Run], shape: Shape, rows: int, seconds: float) -> None:
+        self.count += 1
+        self.rows += rows
+        runs[0].costs.observe(shape, rows, seconds)
+        for run in runs:
+            assert run.call is not None
+            run.compute_seconds += seconds * run.call.rows / rows

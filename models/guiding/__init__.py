@@ -1,0 +1,1 @@
+"""What guides a picture beside its words: references, masks, adapters, frames."""

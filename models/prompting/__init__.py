@@ -1,0 +1,1 @@
+"""Prompts: templates, enhancement, budgets, weights, negatives."""

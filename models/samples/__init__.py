@@ -1,0 +1,1 @@
+"""Small random weights, for machines without the real ones."""

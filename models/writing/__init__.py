@@ -1,0 +1,1 @@
+"""The language model: batching, sampling, caching and the backend's interface."""
