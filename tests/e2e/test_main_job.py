@@ -125,11 +125,11 @@ def stock_images(running: Running, job: dict[str, Any]) -> list[np.ndarray]:
     import torch
     from diffusers import StableDiffusionXLPipeline
 
+    (index,) = (running.settings.state_dir / "weights").glob("*sdxl*/model_index.json")
+    weights = index.parent
     # Ray gives each replica one thread; sums of another order of threads differ in the last bit
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    (index,) = (running.settings.state_dir / "weights").glob("*sdxl*/model_index.json")
-    weights = index.parent
     pipeline = StableDiffusionXLPipeline.from_pretrained(weights, add_watermarker=False)
     params = job["params"]
     images = pipeline(

@@ -341,7 +341,8 @@ async def test_demo_at_a_cluster_that_does_not_allow_the_receiver_is_refused(dat
 
 
 async def test_serve_without_a_config_is_usage(tmp_path: Path) -> None:
-    code, _, err = await run_command("serve", str(tmp_path / "none.yaml"), environment=bare(tmp_path))
+    wide = bare(tmp_path, COLUMNS="400")  # or the name may be broken at the end of a line
+    code, _, err = await run_command("serve", str(tmp_path / "none.yaml"), environment=wide)
     assert (code, "none.yaml" in err) == (2, True)
 
 

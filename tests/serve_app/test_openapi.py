@@ -27,6 +27,7 @@ OPEN = {
     "/openapi.json": "the document",
     "/v1/files/{bucket}/{key:path}": "signed URLs",
     "/functions/v1/job-callback": "signed bodies",
+    "/functions/v1/replicate-webhook": "signed bodies",
 }
 
 

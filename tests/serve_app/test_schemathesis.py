@@ -20,6 +20,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from db.access import Access
+from serve_app.api import admin_images
 from serve_app.app import openapi_document
 from tests.conftest import fresh_database
 from tests.serve_app.running import Site, running
@@ -27,8 +28,8 @@ from tests.serve_app.running import Site, running
 EXAMPLES = 12  # for each operation, the same in every run
 # without a cluster the language model is away, which its routes say with a code
 AWAY = {
+    "language_model_unavailable",
     "webhook_not_configured",
-    "model_unavailable",
     "model_not_installed",
     "reference_type_unavailable",
     "not_implemented",
@@ -58,7 +59,8 @@ def site(postgres_url: str, template_database: str) -> Iterator[tuple[Site, str]
             ready.set()
             await asyncio.to_thread(over.wait)
 
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(admin_images, "WAIT_SECONDS", 0.3)  # nobody makes the picture that it waits for
         thread = threading.Thread(target=lambda: asyncio.run(serve(Path(name))), daemon=True)
         thread.start()
         assert ready.wait(60)
