@@ -455,7 +455,7 @@ async def test_a_drain_waits_for_the_claim_that_is_under_way(desk: Desk, road: R
     await hands.end()
     await desk.until("SELECT count(*) = 0 FROM job_queue")
     async with asyncio.timeout(30):
-        while not loop._wake._waiters:  # the claim that followed that end has its answer, and the loop sleeps
+        while not loop._wake._waiters:  # noqa: ASYNC110 - the claim that followed that end has its answer, and the loop sleeps
             await asyncio.sleep(0)
     (job_id,) = await desk.accept()
     road.hold_answers()
