@@ -14,7 +14,7 @@ from benchmarks.chaos.rows import Rows
 
 MIB = 1024 * 1024
 STRETCHES = 6
-DEPLOYMENTS = ("api", "events", "qwen", "sdxl", "wan", "callbacks", "upkeep")
+DEPLOYMENTS = ("api", "events", "qwen", "sdxl", "wan", "provider", "callbacks", "upkeep")
 RAY = ("ServeController", "ProxyActor")
 HISTORY = ("jobs", "job_events", "callback_outbox", "callback_attempts", "workspace_assets", "usage_logs",
            "idempotency_keys")  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deployments.prompting import negatives_of
-from models.catalog import Family, FamilyDefaults, Format, JobType, resolve
+from models.catalog import FamilyDefaults, Format, JobType, resolve
 from models.params import MAX_PROMPT_CHARACTERS, ContentMode
 from models.policy import check_prompt
 from models.profile import ModelSpec
@@ -227,12 +227,10 @@ class _Reading:
         return {"width": width, "height": height}
 
     async def _negative(self, given: Mapping[str, Any], own: str | None, mode: Mode) -> str | None:
-        """The operator's presets and the caller's own words, for SDXL; other families get the caller's own only."""
+        """The operator's presets for the family, and the caller's own words."""
         guidance, family = given["guidance_scale"], self._job_type.family
         if isinstance(guidance, int | float) and guidance <= 1:
             return own  # nothing would come of the presets, and the caller did not choose them
-        if family is not Family.SDXL:
-            return own
         presets = negatives_of(await self._edge.prompts.negatives())
         content: ContentMode = "nsfw" if given["content_mode"] == "nsfw" else "sfw"
         kind: GenerationMode = "txt2img" if mode is Mode.TEXT else "i2i"

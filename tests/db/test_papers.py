@@ -4,6 +4,7 @@ The statements stand in `papers/`, each with what was wrong in it. Names and col
 with ours by making them in a schema of their own.
 """
 
+import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -274,6 +275,32 @@ async def test_metrics_of_an_hour(pool: asyncpg.Pool, ids: dict[str, UUID]) -> N
         (row,) = await connection.fetch(hourly)
         assert (row["timestamp"], row["total_jobs"]) == (now.replace(minute=0, second=0, microsecond=0), 1)
         assert row["qwen_success_rate"] is None  # nothing has ended
+
+
+COUNTED = (
+    "model_performance_logs", "job_enhancement_analysis", "live_prompt_metrics", "live_job_tracking",
+    "user_enhancement_adoption",
+)  # fmt: skip
+
+
+async def counted(connection: asyncpg.Connection) -> dict[str, Any]:
+    """What the views say that count jobs one by one or by the day."""
+    shown = {view: await connection.fetch(f"SELECT * FROM {view} ORDER BY id") for view in COUNTED}  # noqa: S608
+    strategies = "SELECT * FROM enhancement_effectiveness ORDER BY enhancement_strategy"
+    stats = json.loads(await connection.fetchval("SELECT get_system_stats()::text"))
+    return shown | {"strategies": await connection.fetch(strategies), "jobs": stats["total_jobs"]}
+
+
+async def test_a_copy_out_of_the_library_counts_nowhere(pool: asyncpg.Pool, ids: dict[str, UUID]) -> None:
+    async with undone(pool) as connection:
+        before, made = await counted(connection), uuid4()
+        now = await connection.fetchval("SELECT clock_timestamp()")
+        await connection.execute(INSERT, made, ids["alice"], "sdxl", "completed", now, None, None, None, None, None)
+        assert all(value != before[name] for name, value in (await counted(connection)).items())
+        await connection.execute("UPDATE jobs SET provider = 'library' WHERE id = $1", made)
+        assert await counted(connection) == before
+        await connection.execute("DELETE FROM jobs WHERE id = $1", made)
+        assert await counted(connection) == before  # nor is it remembered
 
 
 async def test_open_jobs_are_tracked(pool: asyncpg.Pool, ids: dict[str, UUID]) -> None:

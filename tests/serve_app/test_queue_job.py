@@ -52,6 +52,11 @@ async def test_every_job_type_makes_its_row(site: Gallery, name: str) -> None:
         )
 
 
+OF_VIDEO = (
+    "nudity, sexual content, low quality, blurry, jpeg artifacts, flicker, jittery motion, frozen frame, warped body,"
+    " extra limbs, extra fingers, overexposed, washed out colors, subtitles, watermark, logo, text, fog"
+)
+
 FIELDS: list[tuple[str, dict[str, Any], str, Any]] = [
     ("prompt", snake(prompt="a mill"), "original_prompt", "a mill"),
     ("original_prompt", {"job_type": "sdxl_image_fast", "original_prompt": "a mill"}, "original_prompt", "a mill"),
@@ -89,7 +94,7 @@ FIELDS: list[tuple[str, dict[str, Any], str, Any]] = [
     ("aspect ratio 16:9", inside(aspect_ratio="16:9"), "width", 224),
     ("aspect ratio 2:3", inside(aspect_ratio="2:3"), "height", 192),
     ("aspect ratio 9:16", inside(aspect_ratio="9:16"), "height", 224),
-    ("negative of a video", snake(job_type="video_fast", negative_prompt="fog"), "negative_prompt", "fog"),
+    ("negative of a video", snake(job_type="video_fast", negative_prompt="fog"), "negative_prompt", OF_VIDEO),
     ("template of a prompt as it is", snake(), "template_name", "original_prompt"),
     ("template of the caller's", snake(enhanced_prompt="a tall mill"), "template_name", None),
     ("wanted enhancement", inside(user_requested_enhancement=True), "stage", "enhance"),
