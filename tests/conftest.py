@@ -21,6 +21,10 @@ from db.migrate import migrate
 from db.pool import open_pool
 from tests import javascript
 
+# one thread for each sum, in this process and in those it starts: two processes test side by side on two cores, and
+# how a sum is split among threads shows in its last bit
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 for name in [name for name in os.environ if name.startswith("OURVIDZ_")] + ["DATABASE_URL"]:
     if name != "OURVIDZ_TEST_DATABASE_URL":
         os.environ.pop(name, None)  # a developer's own settings must not leak into the tests

@@ -72,7 +72,7 @@ class ImagePrompts:
     def encode(self, kind: ReferenceKind, image: Any) -> Any:
         """What the image encoder makes of a picture: negative and positive, (2, 1, ...)."""
         import torch
-        from diffusers.models.denoising.embeddings import ImageProjection
+        from diffusers.models.embeddings import ImageProjection
 
         hidden = not isinstance(self._projections[kind], ImageProjection)
         positive, negative = self._pipeline.encode_image(image, self._pipeline._execution_device, 1, hidden)

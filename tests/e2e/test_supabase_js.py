@@ -51,7 +51,7 @@ def test_both_dialects_queue_a_job_with_the_same_pixels(running: Running, client
     assert camel["data"]["job"]["id"] == camel["data"]["jobId"]
     pixels = [running.client.get(job["assets"][0]["url"]).content for job in jobs]
     assert len(pixels[0]) > 1000
-    assert [job["assets"][0]["generation_seed"] for job in jobs] == [0, 0]
+    assert [job["assets"][0]["seed"] for job in jobs] == [0, 0]
 
 
 def test_a_prompt_is_enhanced(client: Client) -> None:
