@@ -73,7 +73,7 @@ def encode_mp4(frames: Frames, fps: int) -> bytes:
     """Frames (F, H, W, 3; uint8 RGB) as H.264 in MP4, yuv420p in BT.709, playable while it downloads.
 
     Goes through a temporary file, because the index is moved to the front at the end. Raises `ValueError`
-    for odd sizes, which 4:2:0 subsampling can't hold, and for an empty video.
+    for odd sizes, which 4:2:0 subsampling can't hold, and for an empty video. The same frames make the same pixels.
     """
     import av
 
@@ -85,7 +85,10 @@ def encode_mp4(frames: Frames, fps: int) -> bytes:
     with tempfile.TemporaryDirectory(prefix="ourvidz-") as folder:
         path = Path(folder) / "video.mp4"
         with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
-            stream = container.add_stream("libx264", rate=fps, options={"crf": str(VIDEO_CRF)})
+            # Without macroblock tree, whose AVX-512 code (x264 core 165) lets the pixels hang on what the
+            # memory held before; and with the flag, without which x264 is free to let its threads race.
+            options = {"crf": str(VIDEO_CRF), "mbtree": "0", "flags": "+bitexact"}
+            stream = container.add_stream("libx264", rate=fps, options=options)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             context = stream.codec_context
             context.color_primaries = context.color_trc = context.colorspace = _ITU709

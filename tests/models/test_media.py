@@ -1,6 +1,9 @@
+import ctypes
 import io
+import platform
 import struct
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -87,6 +90,17 @@ def test_mp4_has_exactly_the_frames_and_rate_that_were_encoded(count: int, fps: 
     assert (facts.width, facts.height, facts.frames, facts.fps) == (64, 96, count, fps)
     assert facts.duration_seconds == pytest.approx(count / fps, abs=0.002)
     assert facts.size_bytes == len(data)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="fills memory by an option of glibc")
+def test_the_same_frames_make_the_same_mp4_whatever_the_memory_held() -> None:
+    frames = np.random.default_rng(3).integers(0, 255, (17, 40, 24, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2)
+    fill = partial(ctypes.CDLL("libc.so.6").mallopt, -6)  # M_PERTURB: each byte of memory that is taken or given back
+    try:
+        made = {encode_mp4(frames, 16) for value in (1, 85, 170, 255) if fill(value)}
+    finally:
+        fill(0)
+    assert len(made) == 1
 
 
 def test_mp4_index_comes_before_the_pictures() -> None:

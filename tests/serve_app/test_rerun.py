@@ -243,7 +243,6 @@ async def test_a_rerun_makes_the_same_pixels(database: Any, tmp_path: Path, stat
     assert PROMPT not in out + err
 
 
-@pytest.mark.xfail(reason="differs now and then on a machine under load; the cause is not found yet", strict=False)
 async def test_a_rerun_of_a_video_makes_the_same_pixels(database: Any, tmp_path: Path, state_dir: Path) -> None:
     async with running(database, tmp_path, state_dir=state_dir) as site, serving(site, "wan"):
         # as many rows in a forward as the rerun has: how many are worth one is measured, and differs with the load
