@@ -92,6 +92,12 @@ class SystemConfig:
         await self._sql.change_config(self._pool, given=dict(values), actor=actor)
         return await self.read()
 
+    async def admit_request(self, user_id: UUID) -> None:
+        """Count a request of a user that makes no job. Raises `LimitReached` (`maintenance`, `rate_limited`)."""
+        refusal = await self._sql.admit_request(self._pool, user_id=user_id)
+        if refusal is not None:
+            raise LimitReached.from_json(refusal)
+
     async def maintenance(self) -> bool:
         """Whether new work is refused now."""
         return bool(await self._sql.in_maintenance(self._pool))

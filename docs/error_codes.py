@@ -124,7 +124,7 @@ ANSWERS: tuple[tuple[Exception, str], ...] = (
     (generation.InvalidInput(""), "A reference image or its mask can't be used."),
     (IdempotencyConflict(), "The key was used before, with another body."),
     (IdempotencyInFlight(), "A request with the key is being accepted now. Try again after `Retry-After`."),
-    (LimitReached("rate_limited", ""), "More submissions than `rateLimitRequestsPerMinute` and `burst` let in."),
+    (LimitReached("rate_limited", ""), "More requests than `rateLimitRequestsPerMinute` and `burst` let in."),
     (LimitReached("hourly_limit", ""), "As many jobs as `maxJobsPerHour` were submitted in the last 60 minutes."),
     (LimitReached("user_limit", ""), "As many of the user's jobs wait or run as `maxJobsPerUser`."),
     (LimitReached("concurrent_limit", ""), "As many jobs of all users wait or run as `maxConcurrentJobs`."),

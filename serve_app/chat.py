@@ -19,6 +19,7 @@ from uuid6 import uuid7
 
 from db.access import Principal
 from db.conversations import CharacterRow, ChatTemplateRow, Conversation, Conversations, MessageKey, NewConversation
+from db.limits import SystemConfig
 from deployments.settings import Settings
 from models.catalog import Family
 from models.params import ContentMode
@@ -43,7 +44,6 @@ from models.writing.language import Message, Sampling
 from serve_app.admission import check_content_mode
 from serve_app.api.problems import Problem
 from serve_app.edge import Edge
-from serve_app.maintenance import refuse_in_maintenance
 
 log = structlog.get_logger()
 
@@ -115,7 +115,8 @@ class Turn:
 
 async def prepare(edge: Edge, user: Principal, asked: Asked) -> Turn:
     """Put together what the model is given. Stores nothing. Raises `Problem`."""
-    await refuse_in_maintenance(edge, user)
+    if not user.is_admin():
+        await SystemConfig(edge.pool).admit_request(user.user_id)
     check_content_mode(edge, user, asked.content_mode, with_upload=False)
     check_text(asked.message, asked.content_mode)
     spec = edge.settings.loaded_profile.models.get(Family.QWEN)

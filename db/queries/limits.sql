@@ -5,6 +5,29 @@ SELECT config FROM system_config;
 -- `ourvidz.admit` asks the same for jobs, in the statement that accepts them.
 SELECT config -> 'maintenanceMode' = 'true' FROM system_config;
 
+-- name: admit_request(user_id)^
+-- Why a request that makes no job may not be done now; no row where it may, which counts it. In one rate with the jobs:
+-- `ourvidz.admit` reads and writes the same time.
+WITH limits AS MATERIALIZED (
+  SELECT coalesce((config ->> 'maintenanceMode')::boolean, false) AS maintained, (config ->> 'rateLimitRequestsPerMinute')::int AS rate,
+         60.0 / (config ->> 'rateLimitRequestsPerMinute')::int AS gap, coalesce((config ->> 'burst')::int, 10) AS burst
+  FROM system_config
+), taken AS (
+  INSERT INTO ourvidz.user_quotas AS q (user_id, rate_at)
+  SELECT :user_id, clock_timestamp() + make_interval(secs => gap) FROM limits WHERE rate IS NOT NULL AND NOT maintained
+  ON CONFLICT (user_id) DO UPDATE
+    SET rate_at = greatest(q.rate_at, clock_timestamp()) + (SELECT make_interval(secs => gap) FROM limits)
+    WHERE q.rate_at IS NULL OR q.rate_at <= clock_timestamp() + (SELECT make_interval(secs => (burst - 1) * gap) FROM limits)
+  RETURNING user_id
+)
+SELECT 'maintenance' AS code, 'maintenanceMode' AS setting, NULL::int AS allowed, NULL::float8 AS retry_after
+FROM limits WHERE maintained
+UNION ALL
+SELECT 'rate_limited', 'rateLimitRequestsPerMinute', rate,
+       extract(epoch FROM q.rate_at - clock_timestamp())::float8 - (burst - 1) * gap::float8
+FROM limits, ourvidz.user_quotas q
+WHERE rate IS NOT NULL AND NOT maintained AND q.user_id = :user_id AND NOT EXISTS (SELECT FROM taken);
+
 -- name: change_config(given, actor)!
 -- Set values, or with null take them away; what others keep in the row is left alone. With one audit row, unless nothing
 -- changes.

@@ -37,8 +37,7 @@ class Frames:
             return
         from diffusers import WanImageToVideoPipeline
 
-        if (entry.source, entry.revision) == (self._spec.source, self._spec.revision) and entry.source != TINY:
-            # one checkpoint for both, as WAN 2.2's 5B
+        if self.shares_transformer:
             config = {name: text.config[name] for name in ("boundary_ratio", "expand_timesteps")}
             self.pipeline = WanImageToVideoPipeline(**text.components, **config)
         else:
@@ -72,8 +71,9 @@ class Frames:
 
     @property
     def shares_transformer(self) -> bool:
-        entry = self._spec.image_to_video
-        return entry is not None and entry.source == self._spec.source != TINY
+        """Whether one checkpoint does for both, as WAN 2.2's 5B."""
+        entry, spec = self._spec.image_to_video, self._spec
+        return entry is not None and (entry.source, entry.revision) == (spec.source, spec.revision) != (TINY, None)
 
     def check(self, request: GenerationRequest) -> None:
         """Raises `InvalidInput` for references without their bytes, or the other way round, and for what this model

@@ -14,6 +14,7 @@ PREFIX = "/functions/"
 HEADERS = {
     "Access-Control-Allow-Origin": "*",
     "Access-Control-Allow-Headers": "authorization, x-client-info, apikey, content-type, idempotency-key",
+    "Access-Control-Expose-Headers": "idempotency-replayed, retry-after",
 }
 
 

@@ -150,6 +150,32 @@ async def test_burst_is_ten_where_none_is_set(database: Any) -> None:
     assert (await refused(jobs, new_job(user))).code == "rate_limited"
 
 
+async def test_work_that_is_no_job_shares_the_rate_with_jobs(database: Any) -> None:
+    user, jobs, config = await database.user(), Jobs(database.pool), SystemConfig(database.pool)
+    await config.admit_request(user)  # no rate is set: nothing is counted
+    await limit(database, rateLimitRequestsPerMinute=6, burst=3)
+    await config.admit_request(user)
+    await jobs.accept(new_job(user))
+    await config.admit_request(user)
+    with pytest.raises(LimitReached) as told:
+        await config.admit_request(user)
+    assert (told.value.code, told.value.setting) == ("rate_limited", "rateLimitRequestsPerMinute")
+    assert told.value.allowed == 6
+    assert 1 <= (told.value.retry_after or 0) <= 10
+    assert (await refused(jobs, new_job(user))).code == "rate_limited"
+    await config.admit_request(await database.user("bob"))
+    later = "UPDATE ourvidz.user_quotas SET rate_at = rate_at - make_interval(secs => $1)"
+    await database.pool.execute(later, float(told.value.retry_after or 0))
+    await config.admit_request(user)
+
+
+async def test_of_many_requests_at_once_the_burst_is_let_in(database: Any) -> None:
+    await limit(database, rateLimitRequestsPerMinute=1, burst=4)
+    user, config = await database.user(), SystemConfig(database.pool)
+    answers = await asyncio.gather(*(config.admit_request(user) for _ in range(12)), return_exceptions=True)
+    assert [type(answer) for answer in answers if answer is not None] == [LimitReached] * 8
+
+
 async def test_hour_slides_and_tells_when_its_first_job_leaves_it(database: Any) -> None:
     await limit(database, maxJobsPerHour=3)
     user, jobs = await database.user(), Jobs(database.pool)

@@ -38,6 +38,7 @@ async def test_functions_answer_preflights_of_browsers(server: InProcess) -> Non
     answer = await stranger.options(QUEUE, headers=headers)
     assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "*")
     assert "access-control-allow-credentials" not in answer.headers
+    assert answer.headers["access-control-expose-headers"] == "idempotency-replayed, retry-after"
 
 
 # --------------------------------------------------------------------------------------------- enhance-prompt

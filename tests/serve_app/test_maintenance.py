@@ -1,4 +1,4 @@
-"""Maintenance mode: new work is refused, and everything else goes on."""
+"""Work that is no job, held to maintenance and the rate; and in maintenance everything else goes on."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +39,22 @@ async def test_work_that_is_no_job_is_refused_too(
     assert (await admin.post(WORK[0][0], json=WORK[0][1])).status_code == 200
     await admin.patch("/v1/config", json={"maintenanceMode": False})
     assert (await alice.post(WORK[0][0], json=WORK[0][1])).status_code == 200
+
+
+async def test_work_that_is_no_job_is_held_to_the_rate(
+    server: InProcess, alice: httpx2.AsyncClient, admin: httpx2.AsyncClient
+) -> None:
+    conversation = (await alice.post("/v1/conversations", json={"title": "a lighthouse"})).json()["id"]
+    await admin.patch("/v1/config", json={"rateLimitRequestsPerMinute": 1, "burst": 1})
+    assert (await alice.post(WORK[0][0], json=WORK[0][1])).status_code == 200
+    before = await server.stored()
+    for path, body in [*WORK, (f"/v1/conversations/{conversation}/messages", {"content": "hello"})]:
+        answer = await alice.post(path, json=body)
+        assert (answer.status_code, answer.json()["code"]) == (429, "rate_limited"), path
+        assert 1 <= int(answer.headers["retry-after"]) <= 60
+    assert await server.stored() == before
+    for _ in range(2):
+        assert (await admin.post(WORK[0][0], json=WORK[0][1])).status_code == 200
 
 
 async def test_reads_cancels_and_what_runs_go_on(
