@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -36,9 +37,9 @@ def with_database(url: str, name: str) -> str:
 
 
 @contextmanager
-def state_folder() -> Iterator[Path]:
+def state_folder(parent: str | None = None) -> Iterator[Path]:
     """A folder for an embedded Postgres. Not pytest's own: that is private, and as root the server is another user."""
-    with tempfile.TemporaryDirectory(prefix="ovz") as name:
+    with tempfile.TemporaryDirectory(prefix="ovz", dir=parent) as name:
         folder = Path(name)
         folder.chmod(0o755)
         try:
@@ -48,6 +49,13 @@ def state_folder() -> Iterator[Path]:
                 embedded.stop(data)
 
 
+def memory() -> str | None:
+    """Where Linux keeps files in memory, if there is room for thousands of databases that come and go."""
+    shm = "/dev/shm"  # noqa: S108 (that is what it is called)
+    there = os.access(shm, os.W_OK) and shutil.disk_usage(shm).free > 4 * 2**30
+    return shm if there else None
+
+
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     """A server to make databases on: OURVIDZ_TEST_DATABASE_URL, or an embedded one that ends with the tests."""
@@ -55,7 +63,7 @@ def postgres_url() -> Iterator[str]:
     if given:
         yield given
         return
-    with state_folder() as folder:
+    with state_folder(memory()) as folder:
         # these databases live for a test each; that the real ones survive a crash is tested with the real settings
         fast = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
         yield embedded.ensure_running(folder / "postgres", options=fast)
@@ -105,7 +113,7 @@ async def fresh_database(postgres_url: str, template_database: str) -> AsyncIter
     """A migrated database with nothing in it, dropped at the end."""
     name = f"test_{uuid4().hex[:12]}"
     server = await asyncpg.connect(with_database(postgres_url, "postgres"))
-    await server.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template_database}"')
+    await server.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template_database}" STRATEGY file_copy')
     url = with_database(postgres_url, name)
     pool = await open_pool(url)
     worker_pool = await open_pool(url, role="ourvidz_worker")
