@@ -101,13 +101,16 @@ class Takeover:
 
     async def _is_there(self, message: Message) -> bool:
         """Whether the job was taken in before. Raises `Problem` when its id belongs to something else."""
+        # the job before its note, which is written first: so a job without a note is not one that an import beside this
+        # one has just taken in
+        exists = await self._edge.jobs.read_bare(message.job_id) is not None
         noted = await self._imports.find(message.job_id, message.text)
         seen = self._seen.get(message.job_id)
         if (noted is not None and not noted.same) or (seen is not None and seen != message.text):
             raise Problem(409, "import_conflict", "another message had this id", field="id")
         if seen is not None or (noted is not None and noted.taken):
             return True
-        if await self._edge.jobs.read_bare(message.job_id) is None:
+        if not exists:
             return False
         if noted is None:
             raise Problem(409, "id_taken", "there is a job of this id that was not imported", field="id")

@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from db.imports import Imports
 from serve_app.cli.takeover import lines_of
 from serve_app.messages import FOREIGN_IDS, read_message
 from serve_app.takeover import Line, Outcome, Takeover
@@ -384,6 +385,28 @@ async def test_two_imports_of_one_file_make_each_job_once(server: InProcess, own
     assert await server.pool.fetchval("SELECT count(*) FROM jobs") == 12
     together = outcomes(first) + outcomes(second)
     assert (together.count(TAKEN), together.count(THERE)) == (12, 12)
+
+
+async def test_what_another_import_takes_in_at_this_moment_is_there(server: InProcess, owner: UUID) -> None:
+    (line,) = dumped(pushed(owner))
+    message = read_message(line)
+    async with server.pool.acquire() as connection, connection.transaction():
+        await connection.execute("LOCK TABLE jobs")  # so that the second one looks just before the first commits
+        second = asyncio.create_task(take(server, [line]))
+        waiting = "SELECT FROM pg_locks WHERE relation = 'jobs'::regclass AND NOT granted"
+        async with asyncio.timeout(30):
+            while await connection.fetchrow(waiting) is None:  # noqa: ASYNC110 (the database tells nobody)
+                await asyncio.sleep(0.01)
+        first = Imports(connection)
+        assert await first.begin(message.job_id, message.text)
+        await connection.execute(
+            """INSERT INTO jobs (id, user_id, job_type, format, quality, model_type, stage, original_prompt, params)
+               VALUES ($1, $2, 'sdxl_image_fast', 'image', 'fast', 'sdxl', 'generate', 'a lighthouse', '{}')""",
+            message.job_id,
+            owner,
+        )
+        await first.end(message.job_id, message.text)
+    assert outcomes(await second) == [THERE]
 
 
 def test_lines_are_read_one_at_a_time_and_long_ones_skipped() -> None:
