@@ -10,7 +10,6 @@ them is the last wall against a path that leads out of the store, not a service 
 """
 
 import asyncio
-import contextlib
 import hashlib
 import hmac
 import os
@@ -167,7 +166,7 @@ class BlobStore:
     async def get(self, bucket: str, key: str) -> bytes:
         """The whole blob. Raises InvalidBlobName, BlobNotFound, StorageUnavailable."""
         store, path = self._find(bucket, key)
-        return await self._run(lambda: bytes(store.get(path).bytes()))
+        return await self._run(lambda: bytes(store.get(path).bytes()), path)
 
     async def copy(self, bucket: str, key: str, to_bucket: str, to_key: str) -> BlobInfo:
         """Copy a blob to a new name, inside of the store where that is one; its ending stays the same.
@@ -207,14 +206,14 @@ class BlobStore:
         def begin() -> Iterator[bytes]:
             return iter(store.get(path, options=options).stream(min_chunk_size=STREAM_CHUNK_BYTES))
 
-        chunks = await self._run(begin)
+        chunks = await self._run(begin, path)
         while (chunk := await self._run(lambda: next(chunks, None))) is not None:
             yield bytes(chunk)
 
     async def head(self, bucket: str, key: str) -> BlobInfo:
         """Raises InvalidBlobName, BlobNotFound, StorageUnavailable."""
         store, path = self._find(bucket, key)
-        return self._info(bucket, await self._run(lambda: store.head(path)))
+        return self._info(bucket, await self._run(lambda: store.head(path), path))
 
     async def delete(self, bucket: str, keys: Sequence[str]) -> None:
         """Delete blobs; those that are gone already are no error. Raises InvalidBlobName, StorageUnavailable.
@@ -240,8 +239,13 @@ class BlobStore:
     async def _delete(self, store: Store, paths: Sequence[str]) -> None:
         def each() -> None:
             for path in paths:
-                with contextlib.suppress(FileNotFoundError):
+                try:
                     store.delete(path)
+                except FileNotFoundError:
+                    continue
+                except BaseError:
+                    if not self._is_below_a_file(path):
+                        raise
 
         # S3 deletes many in one request and does not mind the missing; a folder stops at the first missing one
         await self._run(each if isinstance(store, LocalStore) else lambda: store.delete(paths))
@@ -270,13 +274,31 @@ class BlobStore:
         key = str(meta["path"]).removeprefix(self._stores[bucket][1])
         return BlobInfo(bucket, key, meta["size"], content_type_of(key), meta["last_modified"], meta["e_tag"])
 
-    async def _run(self, work: Callable[[], T]) -> T:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        except FileNotFoundError:
-            raise BlobNotFound("no such blob") from None
-        except (BaseError, OSError) as fault:
-            raise StorageUnavailable(f"the object store failed: {type(fault).__name__}") from fault
+    async def _run(self, work: Callable[[], T], path: str | None = None) -> T:
+        """Do the work on a thread, its faults typed. `path` is that of the blob which it reads."""
+
+        def typed() -> T:
+            try:
+                return work()
+            except FileNotFoundError:
+                raise BlobNotFound("no such blob") from None
+            except (BaseError, OSError) as fault:
+                if path is not None and self._is_below_a_file(path):
+                    raise BlobNotFound("no such blob") from None
+                raise StorageUnavailable(f"the object store failed: {type(fault).__name__}") from fault
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, typed)
+
+    def _is_below_a_file(self, path: str) -> bool:
+        """Whether a folder's store has a blob where the path has a folder: so nothing is there, as on S3.
+
+        A file in the place of a bucket is a fault of the store.
+        """
+        if self._folder is None:
+            return False
+        bucket, *folders = path.split("/")[:-1]
+        place = self._folder / bucket
+        return any((place := place / folder).is_file() for folder in folders)
 
 
 def _sync_to_disk(path: Path, root: Path) -> None:

@@ -258,9 +258,12 @@ class LibraryRows:
 
     async def refile(self, item: LibraryItem, key: str, thumbnail_key: str | None) -> bool:
         """Let an item whose file was lost speak of another copy. False when it has changed meanwhile."""
-        row = await self._sql.refile(
-            self._pool, item_id=item.id, was=item.key, storage_path=key, thumbnail_path=thumbnail_key
-        )
+        async with self._pool.acquire() as connection, connection.transaction():
+            row = await self._sql.refile(
+                connection, item_id=item.id, was=item.key, storage_path=key, thumbnail_path=thumbnail_key
+            )
+            if row is not None:
+                await self._sql.show_instead(connection, user_id=item.user_id, keys=[item.key], instead=key)
         return row is not None
 
     async def update(self, item_id: UUID, user_id: UUID, changes: Mapping[str, Any]) -> LibraryItem | None:
@@ -273,9 +276,18 @@ class LibraryRows:
         return _item(row)
 
     async def remove(self, item_id: UUID, user_id: UUID) -> Files | None:
-        """Delete an item's row; its files are the caller's to delete. None when it is not that user's."""
-        item = _item(await self._sql.remove_item(self._pool, item_id=item_id, user_id=user_id))
-        return None if item is None else Files(item.key, item.thumbnail_key)
+        """Delete an item's row; its files are the caller's to delete. None when it is not that user's.
+
+        No character, scene or conversation shows them any more.
+        """
+        async with self._pool.acquire() as connection, connection.transaction():
+            item = _item(await self._sql.remove_item(connection, item_id=item_id, user_id=user_id))
+            if item is None:
+                return None
+            files = Files(item.key, item.thumbnail_key)
+            # a second statement: it sees what was placed while the first one waited for the row
+            await self._sql.show_instead(connection, user_id=user_id, keys=files.keys, instead=None)
+        return files
 
     async def discard(self, asset_id: UUID, user_id: UUID) -> Files | None:
         """Delete an asset's row; its files are the caller's to delete. None when it is not that user's."""

@@ -63,11 +63,14 @@ class LimitReached(Exception):
     def message(self) -> str:
         """For people."""
         allowed = f"{self.allowed:g}" if self.allowed is not None else ""
+        whole = ""
+        if self.allowed is not None and self.needed is not None and self.needed > self.allowed:
+            whole = f"; {self.needed:g} at once never fit"
         return {
             "rate_limited": f"at most {allowed} requests a minute may be sent",
-            "hourly_limit": f"a user may have {allowed} jobs an hour",
-            "user_limit": f"a user may have {allowed} jobs that wait or run",
-            "concurrent_limit": f"this installation takes {allowed} jobs that wait or run",
+            "hourly_limit": f"a user may have {allowed} jobs an hour{whole}",
+            "user_limit": f"a user may have {allowed} jobs that wait or run{whole}",
+            "concurrent_limit": f"this installation takes {allowed} jobs that wait or run{whole}",
             "storage_limit": f"your files take up the {allowed} GB that a user may have; delete some",
             "credits_exhausted": f"this takes {self.needed or 0:g} credits, and your balance is {allowed}",
             "maintenance": "this installation is being maintained and takes no new work",

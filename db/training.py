@@ -4,15 +4,21 @@ TrainingError           training           the registry refused it; nothing was 
 └── RefusedRows         training_rows      rows that can't be taken, each with its line and field
 """
 
+import json
+import math
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 import asyncpg
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from db.pool import queries
+
+MAX_DEPTH = 64  # of lists and objects inside each other; what writes them as JSON gives up somewhere above
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class TrainingError(RuntimeError):
@@ -40,6 +46,35 @@ class RefusedRows(TrainingError):
         self.bad = tuple(bad)
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for something in a file that is no value which can be kept. No row takes it."""
+
+    why: str
+
+
+def readable(name: object) -> str:
+    """A name that came out of a file, as a message may have it: not endless, and of characters that can be written."""
+    return str(name)[:100].encode("utf-8", "backslashreplace").decode()
+
+
+def _fault(value: Any, depth: int = 0) -> str | None:
+    """The first thing in a value that would be lost, changed or refused on its way into the database, and where."""
+    if isinstance(value, Unreadable):
+        return value.why
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{json.dumps(value)} is no number"
+    if isinstance(value, str) and _UNSTORABLE.search(value):
+        return "has a character that can't be stored"
+    if isinstance(value, dict | list):
+        if depth == MAX_DEPTH:
+            return f"is nested deeper than {MAX_DEPTH}"
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            if found := _fault(name, depth) or _fault(part, depth + 1):
+                return f"{readable(name)}: {found}" if depth < 4 else found  # far inside, a place is of no use
+    return None
+
+
 Text = Annotated[str, Field(min_length=1, max_length=10_000)]
 Score = Annotated[Decimal, Field(ge=0, le=10)]
 Verdict = Literal["excellent", "good", "acceptable", "mixed", "poor", "failed"]
@@ -47,6 +82,13 @@ Verdict = Literal["excellent", "good", "acceptable", "mixed", "poor", "failed"]
 
 class _Row(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _can_be_kept(cls, value: Any) -> Any:
+        if found := _fault(value):
+            raise ValueError(found)
+        return value
 
     def given(self) -> dict[str, Any]:
         """The fields that were given, as JSON: the others keep what they are."""
@@ -174,7 +216,7 @@ class Trainings:
                     try:
                         async with connection.transaction():
                             counts[await self._put(connection, numbered.row)] += 1
-                    except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
+                    except _REFUSALS as error:
                         bad.append(BadRow(numbered.line, _field(error), _reason(error)))
                     except LookupError as error:
                         bad.append(BadRow(numbered.line, "run_name", str(error.args[0])))
@@ -209,6 +251,11 @@ class Trainings:
         return found
 
 
+_REFUSALS = (  # what a row can bring about: a rule, a value, a name too long for its index
+    asyncpg.IntegrityConstraintViolationError,
+    asyncpg.DataError,
+    asyncpg.ProgramLimitExceededError,
+)
 _FIELDS = {"epoch_results_lora_name_key": "lora_name"}
 
 

@@ -8,13 +8,15 @@ and objects and lists stand in a cell as JSON. Rows with an `epoch_number` are e
 import csv
 import io
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from db.training import BadRow, EpochResult, Numbered, RefusedRows, TrainingRun
+from db.training import MAX_DEPTH, BadRow, EpochResult, Numbered, RefusedRows, TrainingRun, Unreadable, readable
 
 MAX_BYTES = 64 * 2**20
 _SECTIONS: dict[str, type[TrainingRun | EpochResult]] = {"training_runs": TrainingRun, "epoch_results": EpochResult}
@@ -39,13 +41,13 @@ def read_rows(path: Path) -> list[Numbered]:
     rows, bad = [], []
     for line, kind, raw in _csv(text) if path.suffix.lower() == ".csv" else _Json(text).rows():
         if not isinstance(raw, dict):
-            bad.append(BadRow(line, "", "is not an object"))
+            bad.append(BadRow(line, "", raw.why if isinstance(raw, Unreadable) else "is not an object"))
             continue
         try:
             rows.append(Numbered(line, (kind or _kind(raw)).model_validate(raw)))
         except ValidationError as error:
             for fault in error.errors(include_url=False, include_context=False, include_input=False):
-                bad.append(BadRow(line, ".".join(str(part) for part in fault["loc"]), fault["msg"]))
+                bad.append(BadRow(line, ".".join(readable(part) for part in fault["loc"]), fault["msg"]))
     bad += _twice(rows)
     if bad:
         raise RefusedRows(sorted(bad, key=lambda one: one.line))
@@ -69,14 +71,44 @@ def _twice(rows: list[Numbered]) -> Iterator[BadRow]:
             yield BadRow(numbered.line, field, f"is there already, in line {earlier}")
 
 
+def _integer(text: str) -> int | Unreadable:
+    try:
+        return int(text)
+    except ValueError:  # Python reads no more than some thousands of digits
+        return Unreadable(f"an integer of {len(text.lstrip('-'))} digits is too long")
+
+
+def _float(text: str) -> float | Unreadable:
+    value = float(text)
+    lost = not value and any(digit in "123456789" for digit in text.lower().partition("e")[0])
+    return Unreadable(f"{readable(text)} is beyond what a number can be") if lost or math.isinf(value) else value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Unreadable:
+    read = dict(pairs)
+    if len(read) == len(pairs):
+        return read
+    names = Counter(name for name, _ in pairs)
+    return Unreadable(f"{readable(names.most_common(1)[0][0])} stands in it twice")
+
+
+_DECODER = json.JSONDecoder(
+    parse_int=_integer,
+    parse_float=_float,
+    parse_constant=lambda name: Unreadable(f"{name} is no number"),
+    object_pairs_hook=_object,
+)
+_TOO_DEEP = Unreadable(f"is nested deeper than {MAX_DEPTH}")
+
+
 def _csv(text: str) -> Iterator[Raw]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     line = 1
     try:
         heading = next(reader, [])
-        repeated = {name for name in heading if heading.count(name) > 1}
+        repeated = sorted(name for name, times in Counter(heading).items() if times > 1)
         if repeated:
-            raise RefusedRows([BadRow(1, sorted(repeated)[0], "stands in the heading twice")])
+            raise RefusedRows([BadRow(1, readable(repeated[0]), "stands in the heading twice")])
         while True:
             line = reader.line_num + 1
             cells = next(reader, None)
@@ -96,9 +128,11 @@ def _cell(name: str, text: str) -> Any:
     if name not in _STRUCTURED:
         return text
     try:
-        return json.loads(text)
+        return _DECODER.decode(text)
     except json.JSONDecodeError:
         return text  # refused by the row, under its name
+    except RecursionError:
+        return _TOO_DEEP
 
 
 class _Json:
@@ -106,7 +140,7 @@ class _Json:
 
     def __init__(self, text: str) -> None:
         self._text, self._at = text, 0
-        self._decoder = json.JSONDecoder()
+        self._counted, self._lines = 0, 1  # up to where lines were counted, and how many they were
 
     def rows(self) -> Iterator[Raw]:
         try:
@@ -122,10 +156,12 @@ class _Json:
     def _sections(self) -> Iterator[Raw]:
         self._take("{")
         while self._next() != "}":
+            if self._next() != '"':
+                raise self._fault("expected a name")
             name = self._value()
             self._take(":")
             if name not in _SECTIONS:
-                raise RefusedRows([BadRow(self._line(), str(name), f"is none of {', '.join(_SECTIONS)}")])
+                raise RefusedRows([BadRow(self._line(), readable(name), f"is none of {', '.join(_SECTIONS)}")])
             yield from self._list(_SECTIONS[name])
             if self._next() != "}":
                 self._take(",")
@@ -153,11 +189,16 @@ class _Json:
 
     def _value(self) -> Any:
         self._next()
-        value, self._at = self._decoder.raw_decode(self._text, self._at)
+        try:
+            value, self._at = _DECODER.raw_decode(self._text, self._at)
+        except RecursionError as error:  # where it ends is not known, so there is no going on
+            raise RefusedRows([BadRow(self._line(), "", _TOO_DEEP.why)]) from error
         return value
 
     def _line(self) -> int:
-        return self._text.count("\n", 0, self._at) + 1
+        self._lines += self._text.count("\n", self._counted, self._at)
+        self._counted = self._at
+        return self._lines
 
     def _fault(self, message: str) -> json.JSONDecodeError:
         return json.JSONDecodeError(message, self._text, self._at)

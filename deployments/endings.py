@@ -1,8 +1,8 @@
 """How a replica ends a job: completed, failed for good, cancelled, or back to the queue.
 
 What the installation does to a job is not held against it. A batch that has no room is made smaller; a job that has
-none even alone goes elsewhere, once. While the object store is away jobs wait for it, for a limited time, and count no
-failure.
+none even alone goes elsewhere, once; one whose LoRAs find none beside those in use comes again. While the store is
+away jobs wait for it, for a limited time, and count no failure.
 
 A lost connection during the write leaves it open whether it was committed. Then the row is read, not written again
 blindly: the fence makes a second write harmless, and what the row says decides.
@@ -26,11 +26,13 @@ from deployments.claims import backoff, jittered
 from deployments.held import Held, StopReason
 from deployments.storing import StorageFailed
 from models.engine import GenerationError, OutOfMemory
+from models.lora.files import LoraNoRoom
 
 log = structlog.get_logger()
 
 UNCERTAIN_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)  # between the tries of a write; the last one over and over
 ELSEWHERE_SECONDS = 30.0  # for another replica to take what had no room here; then this one may, with what it has freed
+NO_ROOM_SECONDS = 5.0  # until LoRAs that others use may have been let go
 OUTAGE_SECONDS = 3600.0
 
 
@@ -156,6 +158,8 @@ class Endings:
             return (
                 {"outage": True, "delay_seconds": jittered(min(max(away, 2.0), 60.0))} if away < self._outage else None
             )
+        if isinstance(error, LoraNoRoom):  # others' runs are in the way, as in a queue: no failure of this job
+            return {"delay_seconds": jittered(NO_ROOM_SECONDS)}
         budget_left = claim.failures + 1 < claim.max_attempts
         if isinstance(error, OutOfMemory) and claim.job["stage"] == Stage.GENERATE:
             batch = claim.batch_size or claim.job["params"].get("num_images", 1)

@@ -11,10 +11,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from typing import Any
 from uuid import UUID, uuid4
 
 import structlog
+from pydantic import ValidationError
 
+from db.costs import CostProfiles
 from db.jobs import Jobs
 from db.notify import QUEUE_CHANNEL, Listener, Notifier
 from db.pool import CONNECTION_FAULTS, WORKER_ROLE, open_pool
@@ -25,13 +28,15 @@ from deployments.claims import ClaimLoop
 from deployments.endings import Endings, Outcome
 from deployments.held import Held
 from deployments.metrics import Metrics
+from deployments.predictions import Predictions
 from deployments.prompting import EnhanceRequest as EnhanceRequest
 from deployments.prompting import choose_template, enhancement_account, load_counter
 from deployments.settings import Settings
 from models.catalog import Family, JobType, resolve
 from models.generation import GenerationError, ModelLoadFailed
-from models.params import ContentMode
-from models.policy import ContentRejected, check_prompt
+from models.guiding.reference import WithReferences
+from models.params import ContentMode, GenerationParams
+from models.policy import ContentRejected, check_prompt, signs_beside
 from models.profile import resolve_weights
 from models.prompting.emphasis import CompelWeights
 from models.prompting.enhancement import Enhancement, enhance, strategy_of
@@ -78,7 +83,7 @@ class Enhancer:
         self._prompts = Prompts(self._pool)
         self._notifier = Notifier(self._pool)
         jobs, queue = Jobs(self._pool), Queue(self._pool)
-        self._jobs = jobs
+        self._predictions = Predictions(CostProfiles(self._pool), jobs)
         self._endings = Endings(queue, jobs, self.worker, settings.lease_seconds)
         await self._load()
         self._loop = ClaimLoop(
@@ -228,6 +233,7 @@ class Enhancer:
             seed=int(job["params"]["seed"] or 0),
             windows=MAX_WINDOWS if job["params"].get("compel_enabled") else 1,
             beside=CompelWeights.model_validate(job["params"].get("compel_weights") or {}).wording,
+            signs=signs_beside(WithReferences.model_validate({"references": job["params"].get("references") or ()})),
         )
         try:
             return await self._enhance(request, "job", watch)
@@ -263,6 +269,7 @@ class Enhancer:
             seconds=request.seconds,
             windows=request.windows,
             beside=request.beside,
+            signs=request.signs,
         )
         try:
             result = await asyncio.get_running_loop().run_in_executor(self._threads, call)
@@ -285,10 +292,6 @@ class Enhancer:
             return self._counters.get(family)
 
     async def _move_on(self, held: Held, job_type: JobType, result: Enhancement) -> Outcome:
-        try:
-            measured = await self._jobs.run_seconds(job_type.name)
-        except CONNECTION_FAULTS:
-            measured = None  # a guess will do for the fair share; the work that was done must not be lost for it
         expansion = None
         if result.original_prompt:
             expansion = round(100 * len(result.enhanced_prompt) / len(result.original_prompt), 2)
@@ -298,7 +301,7 @@ class Enhancer:
             attempt=held.claim.attempt,
             kind="enhanced",
             queue=job_type.family.value,
-            cost=max(measured if measured is not None else job_type.initial_seconds, 0.001),
+            cost=await self._cost(held.claim.job["params"], job_type),
             stage="generate",
             enhanced_prompt=result.enhanced_prompt,
             enhancement=account,
@@ -312,3 +315,12 @@ class Enhancer:
         held.settling = True
         moved = await self._endings.requeue(held, hop)
         return Outcome.ENHANCED if moved is Outcome.REQUEUED else moved
+
+    async def _cost(self, params: Any, job_type: JobType) -> float:
+        """The seconds that the generation will take, predicted as for a job that is not enhanced."""
+        try:
+            return await self._predictions.seconds(job_type, GenerationParams.model_validate(params))
+        except (*CONNECTION_FAULTS, ValidationError) as error:
+            # a guess will do for the fair share; the work that was done must not be lost for it
+            log.info("cost_guessed", job_type=job_type.name, error=type(error).__name__)
+            return job_type.initial_seconds

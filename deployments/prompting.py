@@ -8,12 +8,14 @@ from typing import Any
 from db.prompts import NegativeRow, Prompts, TemplateRow
 from deployments.settings import Settings
 from models.catalog import Family, Format, Quality
+from models.policy import NO_SIGNS
 from models.profile import resolve_weights
 from models.prompting.dialogue import builtin_chat_templates
 from models.prompting.enhancement import Enhancement, strategy_of
 from models.prompting.negatives import NegativePreset, builtin_negatives
 from models.prompting.prompts import NoTemplate, Template, TokenCounter, builtin_templates
 from models.prompting.selection import ENHANCEMENT, Selection, Wanted, select_template
+from models.prompting.signs import Signs
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class EnhanceRequest:
     seconds: float | None = None  # how long the model may take
     windows: int = 1  # of the reader that the prompt may fill
     beside: str = ""  # what will be read together with it, and is judged with it
+    signs: Signs = NO_SIGNS  # of its references, which are judged with it too
 
     @property
     def wanted(self) -> Wanted:

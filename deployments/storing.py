@@ -6,7 +6,7 @@ winner's file, and what a loser left is found by its key.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, repeat
@@ -24,6 +24,9 @@ from models.moderation import ClassifierUnavailable, ContentRefused, Decision, J
 from models.origin.manifest import SOFTWARE, Manifest, Origin, Pixels, describe, xmp
 from models.origin.pixels import decode, pixel_hash, samples_of
 from models.origin.provenance import ContentSigner, SigningUnavailable
+from models.params import GenerationParams
+from models.policy import signs_of
+from models.prompting.signs import ACCOUNT, Signs
 
 log = structlog.get_logger()
 
@@ -177,7 +180,11 @@ class Storing:
         model_name: str,
         stop: Callable[[], None],
     ) -> list[NewAsset]:
-        """Store the files of one attempt; `stop` is called before every try and may raise. Raises `StorageFailed`."""
+        """Store the files of one attempt; `stop` is called before every try and may raise. Raises `StorageFailed`.
+
+        With the settings of each are kept the signs of what it was made from, for whatever is made from it.
+        """
+        settings = settings | {ACCOUNT: (await asyncio.to_thread(_signs, claim.job)).model_dump()}
         until = time.monotonic() + self._patience
         prefix = attempt_prefix(claim.job["user_id"], claim.job_id, claim.attempt)
         assets = []
@@ -289,3 +296,7 @@ class Storing:
 def attempt_prefix(user_id: object, job_id: UUID, attempt: int) -> str:
     """Where the files of one attempt lie in the bucket `workspace-temp`."""
     return f"{user_id}/{job_id}/{attempt}/"
+
+
+def _signs(job: Mapping[str, Any]) -> Signs:
+    return signs_of(GenerationParams.model_validate(job["params"]), job["original_prompt"], job["enhanced_prompt"])

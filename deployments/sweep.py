@@ -3,9 +3,10 @@
 A replica that dies while it stores, or loses its lease, leaves files under its attempt; the API that dies between a
 reference image and its job's row leaves the image; a preview is spoken of only while its attempt runs, and a state
 while its job is open. Each is found by its key, and deleted once it is older than the grace time. A file whose key is
-of no form that we make is left alone.
+of no form that we make is left alone: clients may reach the bucket of the references by themselves.
 """
 
+import re
 from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
@@ -21,6 +22,12 @@ from deployments.storing import BUCKET, REFERENCE_BUCKET
 log = structlog.get_logger()
 
 PAGE = 500
+_ID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
+_OUR_ID = r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
+# a job of our own has an id of version 7 (RFC 9562, section 5.7); one that was taken over brings any, and a random part
+_REFERENCE = re.compile(
+    rf"{_ID}/(?:({_OUR_ID})|({_ID})\.[0-9a-f]{{16}})(?:\.ref[1-9][0-9]*)?(?:\.mask)?\.(?:png|jpeg|webp)"
+)
 
 
 class Sweep:
@@ -45,7 +52,7 @@ class Sweep:
             orphans = (k for k, a in attempts.items() if a and a not in (shown if is_preview(k) else live))
             deleted += await delete_orphans(self._blobs, BUCKET, orphans)
         async for page in old_files(self._blobs, REFERENCE_BUCKET, self._grace):
-            jobs = {info.key: _job_of_reference(info.key) for info in page}
+            jobs = {info.key: job_of_reference(info.key) for info in page}
             known = await self._queue.known_jobs({job for job in jobs.values() if job})
             deleted += await delete_orphans(
                 self._blobs, REFERENCE_BUCKET, (k for k, j in jobs.items() if j and j not in known)
@@ -86,10 +93,10 @@ def attempt_of(key: str) -> tuple[UUID, int] | None:
         return None
 
 
-def _job_of_reference(key: str) -> UUID | None:
-    """The job of a key `<user>/<job>.<ending>`, or of a mask's; None for any other key, such as an upload's."""
-    parts = key.split("/")
-    try:
-        return UUID(parts[1].partition(".")[0]) if len(parts) == 2 else None
-    except ValueError:
-        return None
+def job_of_reference(key: str) -> UUID | None:
+    """The job that a reference or a mask was stored for, by the names that `serve_app.references` gives them.
+
+    None for any other key, such as an upload's, or that of a file which a client has put there under a random id.
+    """
+    named = _REFERENCE.fullmatch(key)
+    return None if named is None else UUID(named[1] or named[2])

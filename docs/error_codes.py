@@ -75,7 +75,8 @@ MEANINGS = {
     "CROSS_USER_REFERENCE": "The path of a reference, or its signed URL, is under another user's id.",
     "invalid_reference_path": "The path of a reference is written as none of ours is, or lies in another bucket.",
     "reference_not_found": "The caller has no such picture, or it has been deleted.",
-    "reference_not_allowed": "In nsfw mode a reference must be an image that this system made.",
+    "reference_not_allowed": "In nsfw mode a reference must be an image that this system made, in sfw mode none that "
+    "was made in nsfw mode; and none that moderation rejected.",
     "moderators_only": "Only a moderator or an admin may do this.",
     "moderation_changed": "Somebody has decided otherwise since. Read the result again.",
     "not_publishable": "Moderation has rejected the item, so nobody else may see it.",
@@ -244,6 +245,7 @@ def enhancement_reasons() -> Table:
         "model_failed": "It raised an error.",
         "timed_out": "It was not done in the time that a preset, or the answer, gives it.",
         "too_long": "Its answer was far over the limit.",
+        "weights_lost": "Its answer lost weights of a prompt for Compel, and the words to put them back on.",
         "content_rejected": "Its answer, or what rules made of the prompt, breaks the content policy.",
         "no_template_available": "No active template fits; the prompt stays as it was.",
         "tokenizer_unavailable": "The tokenizer of the reader of the prompt can't be read; the prompt stays as it was.",

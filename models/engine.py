@@ -309,7 +309,8 @@ class Engine:
 
     def _go_on(self, run: Run, value: Any = None, error: BaseException | None = None) -> Call | Aside | None:
         parked = run.go_on(value, error)
-        while isinstance(parked, Aside) and not self._lanes.overlap(run.model.device):
+        # files are waited for in their lane in any case: a download would hold up everybody
+        while isinstance(parked, Aside) and parked.lane != "files" and not self._lanes.overlap(run.model.device):
             result, failure, seconds = timed(parked.work)
             run.compute_seconds += seconds
             parked = run.go_on(result, failure)
@@ -326,6 +327,7 @@ class Engine:
             self._changed.notify_all()
 
     def _end(self, run: Run) -> None:
+        self._forwards.settle()
         outcome, run.outcome = run.outcome, None
         if isinstance(outcome, Generation) and run.compute_seconds:
             timings = outcome.timings_ms | {"compute": round(run.compute_seconds * 1000, 3)}

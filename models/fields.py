@@ -32,8 +32,8 @@ class InvalidParams(RequestRefused):
 def clean_prompt(field: str, text: object) -> str:
     """The text of a required prompt with single spaces. Raises `InvalidParams`, naming `field`.
 
-    Refused: what is no string, control characters and surrogates, more than `MAX_PROMPT_CHARACTERS`, and text that
-    shows nothing, such as only spaces or zero-width characters.
+    Refused: what is no string, control characters and surrogates, what is too long, and text that shows nothing, such
+    as only spaces or zero-width characters.
     """
     if not isinstance(text, str):
         raise InvalidParams([FieldError(field, "must be a string", "type")])
@@ -49,11 +49,20 @@ def cleaned(field: str, text: str) -> str:
     categories = {unicodedata.category(character) for character in spaced}
     if categories & {"Cc", "Cs"}:
         raise InvalidParams([FieldError(field, "contains control characters", "characters")])
-    if len(spaced) > MAX_PROMPT_CHARACTERS:
-        raise InvalidParams([FieldError(field, f"may have at most {MAX_PROMPT_CHARACTERS} characters", "length")])
+    if is_too_long(spaced):
+        message = f"may have at most {MAX_PROMPT_CHARACTERS} characters"
+        if len(spaced) <= MAX_PROMPT_CHARACTERS:
+            message += ", ligatures and other compatibility characters written out"
+        raise InvalidParams([FieldError(field, message, "length")])
     # Format characters, separators and marks alone draw nothing on a page.
     shown = any(category != "Cf" and category[0] not in "ZM" for category in categories)
     return spaced if shown else ""
+
+
+def is_too_long(text: str) -> bool:
+    """Whether a text has more than `MAX_PROMPT_CHARACTERS`, as it stands or with compatibility characters written out:
+    U+FDFA is 18 letters, and whoever reads the text reads all of them."""
+    return len(text) > MAX_PROMPT_CHARACTERS or len(unicodedata.normalize("NFKC", text)) > MAX_PROMPT_CHARACTERS
 
 
 def field_error(detail: dict[str, Any]) -> FieldError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import secrets
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from models.generation import (
 )
 from models.lora.adapters import Adapters, Lease
 from models.lora.files import ProfileLoras
+from models.origin.fingerprint import sample
 from models.origin.libraries import library_versions, quiet_libraries
 from models.params import GenerationParams
 from models.profile import ModelSpec
@@ -58,6 +60,7 @@ class PipelineModel(ABC):
         self.adapters: Adapters | None = None  # once loaded
         self.registry = ProfileLoras(spec.loras)
         self._active = 0
+        self._sample = ""  # of the files, once loaded
 
     def load(self) -> None:
         """Loads the weights onto the device, downloading them if they are not here. Raises `ModelLoadFailed`."""
@@ -95,6 +98,10 @@ class PipelineModel(ABC):
             pipeline.enable_model_cpu_offload(device=self.device)
         self._pipeline = pipeline
         self.adapters = self._make_adapters(pipeline)
+        try:
+            self._sample = sample(self.spec, self.weights)
+        except (OSError, ValueError):  # what can't be told apart from other weights is resumed by this load alone
+            self._sample = secrets.token_hex(16)
         self.loaded = True
 
     def warm_up(self) -> None:
@@ -221,12 +228,12 @@ class PipelineModel(ABC):
         return own(**(guidance_interval(own, arguments, *interval) if interval else arguments))
 
     def _identity(self) -> list[Any]:
-        """What the bits of a result depend on beside the request."""
+        """What the bits of a result depend on beside the request: the files as they were loaded, and how they run."""
         spec = self.spec
-        acceleration = spec.acceleration.model_dump(mode="json")
-        versions = dict(library_versions())
+        fields = {"source", "dtype", "variant", "single_file", "vae", "vae_tiling", "vae_slicing", "attention"}
+        how = spec.model_dump(mode="json", include=fields | {"acceleration"})
         guides = {name: guide.model_dump(mode="json") for name, guide in spec.guides.items()}
-        return [self.model_name, self.revision, spec.source, spec.dtype, self.device, acceleration, versions, guides]
+        return [self.model_name, self.revision, self._sample, self.device, how, dict(library_versions()), guides]
 
     def forward_rows(self, request: GenerationRequest) -> int:
         """All images of a batch, and each once more where guidance compares with a second branch."""

@@ -7,6 +7,9 @@ Two rules, for every text that will be drawn, the enhanced prompt as well as the
   minors by an unmistakable word or age runs in sfw mode only;
 * sexual content is refused in sfw mode (`content_sexual_in_sfw`).
 
+A picture that something is made from counts with the words that it was made from itself: `signs_of` tells them, and
+what was made keeps them as `Signs`.
+
 Negative prompts name what shall *not* appear: "child, nude" is right there, so they are not given to
 `check_prompt`. Guard terms in them are wanted. Whether the caller may use nsfw mode is decided elsewhere.
 
@@ -20,49 +23,72 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
-from enum import IntEnum
 from typing import Final
 
 from models.catalog import RequestRefused
-from models.params import ContentMode
+from models.guiding.reference import WithReferences
+from models.params import ContentMode, GenerationParams
 from models.prompting import vocabulary
+from models.prompting.signs import Sign, Signs
 
 
 class ContentRejected(RequestRefused):
     """The text breaks the content policy. `code`: content_minors or content_sexual_in_sfw."""
 
 
-class Sign(IntEnum):
-    """How clearly a text points to something; a weak sign counts only beside one of the other kind."""
-
-    NONE = 0
-    WEAK = 1
-    STRONG = 2
+NO_SIGNS: Final = Signs()
 
 
-def check_prompt(text: str, content_mode: ContentMode) -> None:
-    """Passes or raises `ContentRejected`. Linear in the text, about a millisecond per hundred words."""
-    minors, sexual = _signs(text)
-    if (minors and sexual) or (content_mode == "nsfw" and minors is Sign.STRONG):
-        if sexual:
+def check_prompt(text: str, content_mode: ContentMode, beside: Signs = NO_SIGNS) -> None:
+    """Passes or raises `ContentRejected`. `beside` are the signs of what will be drawn together with the text. Linear
+    in the text, about a millisecond per hundred words."""
+    check_signs(signs_in(text) | beside, content_mode)
+
+
+def check_signs(found: Signs, content_mode: ContentMode) -> None:
+    """Passes or raises `ContentRejected`, for all that is drawn together."""
+    if (found.minors and found.sexual) or (content_mode == "nsfw" and found.minors == Sign.STRONG):
+        if found.sexual:
             message = "sexual content that involves minors is never made"
         else:
             message = "prompts that show minors run in content mode sfw only"
         raise ContentRejected("content_minors", message)
-    if content_mode == "sfw" and sexual is Sign.STRONG:
+    if content_mode == "sfw" and found.sexual == Sign.STRONG:
         raise ContentRejected("content_sexual_in_sfw", "sexual content is not made in content mode sfw")
 
 
-def _signs(text: str) -> tuple[Sign, Sign]:
-    """Signs of minors and of sexual content, over all readings of the text."""
+def with_weighted_terms(prompt: str, params: GenerationParams) -> str:
+    """A prompt with the terms that its weights may add, as the content policy has to read it."""
+    terms = params.compel_weights.wording if params.compel_weights else ""
+    return f"{prompt}, {terms}" if terms else prompt
+
+
+def signs_of(params: GenerationParams, *prompts: str | None) -> Signs:
+    """The signs of what a generation shows: of all prompts that it was asked by, and of its references."""
+    signs = signs_beside(params)
+    for prompt in prompts:
+        signs |= signs_in(with_weighted_terms(prompt or "", params))
+    return signs
+
+
+def signs_beside(params: WithReferences) -> Signs:
+    """The signs of the references of a generation."""
+    signs = NO_SIGNS
+    for reference in params.references:
+        signs |= reference.signs
+    return signs
+
+
+def signs_in(text: str) -> Signs:
+    """The signs over all readings of a text."""
     minors, sexual = Sign.NONE, Sign.NONE
     for reading in _readings(text):
         if _INHERENT.search(reading):
-            return Sign.STRONG, Sign.STRONG
+            return Signs(minors=Sign.STRONG, sexual=Sign.STRONG)
         words = _INNOCENT.sub(" ", reading)
         minors = max(minors, _sign(words, _MINOR_STRONG, _MINOR_WEAK), _age_sign(words), _german_boy(words))
         sexual = max(sexual, _sign(words, _SEXUAL_STRONG, _SEXUAL_WEAK))
-    return minors, sexual
+    return Signs(minors=minors, sexual=sexual)
 
 
 def _german_boy(words: str) -> Sign:

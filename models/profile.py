@@ -205,6 +205,8 @@ class Profile(BaseModel):
                 )
             if host.device != spec.device:
                 raise ValueError(f"{family}: a model and its host are on the same device")
+            if host.attention != spec.attention:
+                raise ValueError(f"{family}: a model and its host share the process's attention kernels")
         return self
 
     def hosted(self, family: Family) -> list[Family]:

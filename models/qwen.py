@@ -162,15 +162,21 @@ class Qwen(BatchingBackend):
     def _deliver_forever(self) -> None:
         """Give out what the loop of transformers writes, and start it again when it has ended."""
         fruitless = 0
-        while not self._closing and self.broken is None:
-            output = self._manager.get_result(timeout=_POLL_SECONDS)
-            if output is not None:
-                fruitless = 0
-                self._deliver(output)
-            elif not self._manager.is_running():
-                fruitless = 0 if self._running else fruitless + 1
-                self._recover(fruitless)
-        self._stop_engine()
+        try:
+            while not self._closing and self.broken is None:
+                output = self._manager.get_result(timeout=_POLL_SECONDS)
+                if output is not None:
+                    fruitless = 0
+                    self._deliver(output)
+                elif not self._manager.is_running():
+                    fruitless = 0 if self._running else fruitless + 1
+                    self._recover(fruitless)
+        except Exception as fault:  # without this thread nobody would ever be answered
+            self._break(as_generation_error(fault).message, [])
+        try:
+            self._stop_engine()
+        except Exception as fault:  # a lost device refuses even to be cleaned up
+            log.warning("language_stop_failed", error=type(fault).__name__)
 
     def _deliver(self, output: Any) -> None:
         with self._lock:
@@ -194,13 +200,13 @@ class Qwen(BatchingBackend):
             stricken = list(self._running.values())
             self._running.clear()
             self._suspects.extend(stricken if len(stricken) > 1 else [])
-        self._stop_engine()
         if isinstance(failure, DeviceBroken) or fruitless >= _FRUITLESS_RESTARTS:
             self._break(failure.message, stricken)
             return
         if len(stricken) == 1:
             self._fail(stricken[0], failure)
         try:
+            self._stop_engine()
             self._start_engine()
         except Exception as fault:
             self._break(as_generation_error(fault).message, [])

@@ -196,12 +196,14 @@ class SDXL(PipelineModel):
                     "fallback_reason": f"compel_failed: {failure.reason}; the plain prompt was used",
                 }
             else:
-                facts |= {"compel_success": True, "prompt_tokens_cut": weighted.tokens_cut}
+                cut = {"prompt_tokens_cut": weighted.tokens_cut, "negative_tokens_cut": weighted.tokens_cut}
+                facts |= {"compel_success": True, **cut}
                 facts |= {"compel_weights_applied": emphasised.applied}
                 if emphasised.reason is not None:
                     facts |= {"fallback_used": True, "fallback_reason": f"compel_weights: {emphasised.reason}"}
                 return Encoded(weighted.arguments, facts)
         facts["prompt_tokens_cut"] = self._tokens_cut(params.prompt)
+        facts["negative_tokens_cut"] = self._tokens_cut(negative or "")
         embeds, negative_embeds, pooled, negative_pooled = own.encode_prompt(
             prompt=params.prompt,
             negative_prompt=negative,

@@ -145,7 +145,8 @@ class WAN(PipelineModel):
                 device=own._execution_device,
             )
             arguments = {"prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds}
-            return Encoded(arguments, {"prompt_tokens_cut": self._tokens_cut(params.prompt)})
+            cut = {"prompt_tokens_cut": params.prompt, "negative_tokens_cut": negative or ""}
+            return Encoded(arguments, {name: self._tokens_cut(text) for name, text in cut.items()})
 
         # an image-to-video checkpoint may have an encoder of its own
         return self._embeddings.get((id(own.text_encoder), params.prompt, negative, guided), encode)

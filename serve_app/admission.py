@@ -2,7 +2,9 @@
 a byte of a reference, fetches or stores anything.
 """
 
+import asyncio
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,19 +18,29 @@ from deployments.storing import REFERENCE_BUCKET
 from models.catalog import FamilyDefaults, Format, JobType, resolve
 from models.guiding.reference import FRAMES
 from models.params import FieldError, GenerationParams, GivenParams, InvalidParams, Resolved, resolve_params
-from models.policy import check_prompt
+from models.policy import NO_SIGNS, check_signs, signs_in, with_weighted_terms
 from models.profile import ModelSpec
+from models.prompting.signs import Signs
 from serve_app.api.problems import Problem
 from serve_app.api.wire import Adjusted
 from serve_app.destined import check_destination
 from serve_app.edge import Edge
 from serve_app.lora_names import known_loras
 from serve_app.outside import Outside, placed, stand_in
-from serve_app.references import AskedReference, Located, check_made_here, check_sfw, locate_references, not_made_here
-from serve_app.strategies import read_strategy, with_weighted_terms
+from serve_app.references import (
+    AskedReference,
+    Located,
+    check_made_here,
+    check_sfw,
+    locate_references,
+    not_made_here,
+    signs_shown,
+)
+from serve_app.strategies import read_strategy
 
 MAX_METADATA_BYTES = 16_384
 MAX_METADATA_DEPTH = 32
+_AT_ONCE = 400  # characters that are judged faster than a thread could be asked to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +97,8 @@ async def check(edge: Edge, user: Principal, asked: Submission) -> Checked:
     except InvalidParams as error:
         raise _as_given(error, asked) from None
     params = resolved.params
-    check_prompt(with_weighted_terms(params.prompt, params), params.content_mode)
     enhanced = _enhanced_prompt(job_type, asked, spec.defaults)
-    if enhanced:
-        check_prompt(with_weighted_terms(enhanced, params), params.content_mode)
+    said = await check_words(params, params.prompt, enhanced)
     enhances = _enhances(job_type, asked, params)
     try:
         outside = await placed(edge, job_type, asked.provider_model, given, enhances=enhances)
@@ -100,7 +110,26 @@ async def check(edge: Edge, user: Principal, asked: Submission) -> Checked:
         check_made_here(located)
     else:
         check_sfw(located)
+    shown = signs_shown(located)
+    for signs in said:  # a picture says what it was made from: a prompt beside it is judged as if it said that too
+        check_signs(signs | shown, params.content_mode)
     return Checked(job_type, resolved, enhanced, enhances, located, outside)
+
+
+async def check_words(params: GenerationParams, *prompts: str | None, beside: Signs = NO_SIGNS) -> list[Signs]:
+    """The content policy over each of the prompts of a job, with the terms that its weights may add and what lies
+    `beside` it. Returns the signs of each. Raises `ContentRejected`."""
+    said = []
+    for text in (with_weighted_terms(prompt, params) for prompt in prompts if prompt is not None):
+        said.append(await signs_off_loop(text) | beside)
+        check_signs(said[-1], params.content_mode)
+    return said
+
+
+async def signs_off_loop(text: str) -> Signs:
+    """The signs of a text, with the event loop free where it is long."""
+    short = len(text) <= _AT_ONCE and len(unicodedata.normalize("NFKC", text)) <= _AT_ONCE
+    return signs_in(text) if short else await asyncio.to_thread(signs_in, text)
 
 
 def installed(edge: Edge, job_type: JobType) -> ModelSpec:

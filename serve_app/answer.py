@@ -2,9 +2,9 @@
 
     written ──> checked ──> sent ──> ... ──> whole, checked with everything before it ──> stored ──> told
 
-Nothing is sent that was not checked together with all that came before it in the answer. An answer that breaks the
-policy, fails or is broken off by its reader leaves nothing behind. From the moment it is whole it is stored, whether or
-not somebody still listens.
+Nothing is sent that was not checked together with all that came before it: in the answer, and in what it answers. An
+answer that breaks the policy, fails or is broken off by its reader leaves nothing behind. From the moment it is whole
+it is stored, whether or not somebody still listens.
 """
 
 import asyncio
@@ -22,7 +22,8 @@ from db.access import Principal
 from db.conversations import ConversationGone, Conversations, Exchange
 from models.catalog import Family
 from models.generation import Cancelled, DeviceBroken, GenerationError, InvalidInput, ModelLoadFailed
-from models.policy import ContentRejected
+from models.policy import ContentRejected, signs_in
+from models.prompting.signs import Signs
 from models.writing.language import Completion, LanguageModelBusy
 from serve_app.api.problems import Problem
 from serve_app.chat import RETRY, Turn, check_text, too_long
@@ -42,9 +43,10 @@ class Guard:
     def __init__(self, turn: Turn) -> None:
         self._turn = turn
         self._text, self._sent = "", 0
+        self._before: Signs | None = None  # of all that it answers, which may be long: read once
 
     async def add(self, piece: str) -> str:
-        """What may be sent now: whole words, checked with all of the answer so far. Raises `Problem`."""
+        """What may be sent now: whole words, checked with all that was said so far. Raises `Problem`."""
         self._text += piece.replace("\0", "\ufffd")  # Postgres stores no NUL
         waiting = len(self._text) - self._sent
         # the longer the answer, the more is gathered, so that checking stays linear in its length
@@ -56,16 +58,21 @@ class Guard:
             if waiting < _TAIL_CHARACTERS:
                 return ""
             end = len(self._text)
-        await asyncio.to_thread(check_text, f"{self._turn.message}\n{self._text[:end]}", self._turn.mode)
+        if self._before is None:
+            self._before = await asyncio.to_thread(signs_in, "\n".join(self._answered()))
+        so_far = f"{self._turn.message}\n{self._text[:end]}"  # together, as one's last words may go on in the other's
+        await asyncio.to_thread(check_text, so_far, self._turn.mode, beside=self._before)
         ready, self._sent = self._text[self._sent : end], end
         return ready
 
     async def whole(self) -> tuple[str, str]:
         """The answer and what of it was not sent yet, checked with everything that it answers. Raises `Problem`."""
-        turn = self._turn
-        said = [*turn.written_by_people, *(message.content for message in turn.history), turn.message, self._text]
-        await asyncio.to_thread(check_text, "\n".join(said), turn.mode)
+        await asyncio.to_thread(check_text, "\n".join([*self._answered(), self._text]), self._turn.mode)
         return self._text, self._text[self._sent :]
+
+    def _answered(self) -> list[str]:
+        turn = self._turn
+        return [*turn.written_by_people, *(message.content for message in turn.history), turn.message]
 
 
 async def answer(edge: Edge, user: Principal, turn: Turn) -> AsyncGenerator[str | Exchange, None]:

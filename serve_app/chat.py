@@ -23,7 +23,7 @@ from db.limits import SystemConfig
 from deployments.settings import Settings
 from models.catalog import Family
 from models.params import ContentMode
-from models.policy import ContentRejected, check_prompt
+from models.policy import NO_SIGNS, ContentRejected, check_prompt
 from models.profile import ModelSpec, resolve_weights
 from models.prompting.dialogue import (
     GENERAL,
@@ -40,6 +40,7 @@ from models.prompting.dialogue import (
     within_budget,
 )
 from models.prompting.prompts import NoTemplate, TokenCounter
+from models.prompting.signs import Signs
 from models.writing.language import Message, Sampling
 from serve_app.admission import check_content_mode
 from serve_app.api.problems import Problem
@@ -118,7 +119,7 @@ async def prepare(edge: Edge, user: Principal, asked: Asked) -> Turn:
     if not user.is_admin():
         await SystemConfig(edge.pool).admit_request(user.user_id)
     check_content_mode(edge, user, asked.content_mode, with_upload=False)
-    check_text(asked.message, asked.content_mode)
+    await asyncio.to_thread(check_text, asked.message, asked.content_mode)
     spec = edge.settings.loaded_profile.models.get(Family.QWEN)
     if spec is None or edge.enhancer is None:
         raise Problem(503, "language_model_unavailable", "no language model is running here", headers=RETRY)
@@ -178,10 +179,10 @@ async def prepare(edge: Edge, user: Principal, asked: Asked) -> Turn:
 RETRY = {"Retry-After": "5"}
 
 
-def check_text(text: str, mode: ContentMode, field: str = "message") -> None:
-    """The content policy, as a problem of that field. Raises `Problem`."""
+def check_text(text: str, mode: ContentMode, field: str = "message", beside: Signs = NO_SIGNS) -> None:
+    """The content policy, as a problem of that field; `beside` are the signs of what goes with it. Raises `Problem`."""
     try:
-        check_prompt(text, mode)
+        check_prompt(text, mode, beside)
     except ContentRejected as error:
         raise Problem(422, error.code, error.message, field=field) from None
 

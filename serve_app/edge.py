@@ -21,9 +21,10 @@ from db.queue import Queue
 from db.training import Trainings
 from db.workers import Workers
 from deployments.egress import Egress
+from deployments.predictions import Predictions
 from deployments.settings import Settings
 from deployments.signatures import CallbackSecrets
-from serve_app.predictions import Predictions
+from serve_app.counters import Counters
 from serve_app.tokens import Tokens
 
 
@@ -42,6 +43,7 @@ class Edge:
     queue: Queue
     workers: Workers
     prompts: Prompts
+    counters: Counters
     blobs: BlobStore
     signer: UrlSigner
     egress: Egress
@@ -71,6 +73,7 @@ async def open_edge(settings: Settings, enhancer: Any = None, name: str = "ourvi
             queue=Queue(pool),
             workers=Workers(pool),
             prompts=Prompts(pool),
+            counters=Counters(settings),
             blobs=BlobStore.from_url(settings.blobs()),
             signer=UrlSigner(settings.secret("signing_secret"), settings.public_url),
             egress=Egress(settings.egress_policy()),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
+from models.guiding.reference import MAX_STRENGTH, MIN_STRENGTH
 from models.prompting.composition import MODIFY_TEMPLATE, compose_modification
 
 # what the row's `template_name` says of prompts that no template of the language model made
@@ -19,6 +20,8 @@ AS_GIVEN = "original_prompt"
 COPIED = "exact_copy_skip_enhance"
 DESCRIBED = "original_from_metadata"
 UNDESCRIBED = "manual_compose_fallback"
+
+MOST_STARTED_FROM = 0.99  # of a picture that a generation starts from: with less noise no step of 100 is run
 
 
 class Mode(StrEnum):
@@ -92,6 +95,15 @@ def worded(given: str | None, *, skip: bool, wanted: bool, always: bool) -> Word
     if given or enhance or (always and not skip):
         return Wording(given, None, enhance)
     return Wording(None, AS_GIVEN, enhance)
+
+
+def nearest_strength(asked: float, *, starts: bool) -> tuple[float, str]:
+    """The strength that a picture can have, and what to say where it is another. `starts`: the generation starts from
+    the picture, and something must be left to generate."""
+    if asked < MIN_STRENGTH:
+        return MIN_STRENGTH, f"at least {MIN_STRENGTH:g} of a picture stays"
+    most = MOST_STARTED_FROM if starts else MAX_STRENGTH
+    return min(asked, most), f"at most {most:g} of a picture stays, so that something is left to generate"
 
 
 def nearest_count(asked: int, counts: tuple[int, ...]) -> int:

@@ -45,6 +45,13 @@ async def stand_in(edge: Edge, job_type: JobType, chosen: ApiModel | None = None
     )
 
 
+async def taker(edge: Edge, job_type: JobType, *, has_reference: bool) -> ApiModel | None:
+    """The provider's model that a job goes to whose caller chose none; None where it is made here, or nowhere."""
+    if job_type.family in edge.settings.loaded_profile.models:
+        return None
+    return await _offered(edge, job_type, has_reference)
+
+
 async def placed(
     edge: Edge, job_type: JobType, chosen: ApiModel | None, given: GivenParams, *, enhances: bool
 ) -> Outside | None:

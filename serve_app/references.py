@@ -19,6 +19,8 @@ from models.guiding.reference import Reference, ReferenceKind, StoredImage
 from models.media import open_reference
 from models.origin.pixels import pixel_hash, samples_of
 from models.params import FieldError, InvalidParams
+from models.policy import NO_SIGNS
+from models.prompting.signs import Signs
 from serve_app.api.problems import Problem
 from serve_app.edge import Edge
 from serve_app.sources import Inside, Source, locate
@@ -106,7 +108,8 @@ async def keep_references(
         image, mask = await _opened(edge, one, made_here)
         key = f"{stem}.{_ending(image)}"
         files[key] = image
-        changes = {"bucket": REFERENCE_BUCKET, "key": key}
+        signs = one.image.signs if isinstance(one.image, Inside) else NO_SIGNS
+        changes = {"bucket": REFERENCE_BUCKET, "key": key, "signs": signs}
         stored_mask = None
         if mask is not None:
             stored_mask = StoredImage(bucket=REFERENCE_BUCKET, key=f"{stem}.mask.{_ending(mask)}")
@@ -142,6 +145,14 @@ async def _opened(edge: Edge, one: Located, made_here: bool) -> tuple[Fetched, F
     except InvalidInput as error:
         raise Problem(422, error.code, error.message, field=names["mask"]) from None
     return image, mask
+
+
+def signs_shown(located: Sequence[Located]) -> Signs:
+    """The signs of all that the references were made from."""
+    signs = NO_SIGNS
+    for one in located:
+        signs |= one.image.signs if isinstance(one.image, Inside) else NO_SIGNS
+    return signs
 
 
 def check_made_here(located: Sequence[Located]) -> None:

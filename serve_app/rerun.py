@@ -13,14 +13,13 @@ from models.catalog import resolve
 from models.denoising.costs import shape_name
 from models.lora.loras import lora_errors
 from models.params import GenerationParams, InvalidParams
-from models.policy import check_prompt
+from models.policy import signs_beside
 from models.prompting.enhancement import strategy_of
-from serve_app.admission import check_content_mode, installed
+from serve_app.admission import check_content_mode, check_words, installed
 from serve_app.api.problems import Problem
 from serve_app.edge import Edge
 from serve_app.lora_names import known_loras
 from serve_app.references import copy_references
-from serve_app.strategies import with_weighted_terms
 from serve_app.submission import kept_references
 
 
@@ -43,8 +42,7 @@ async def rerun(
     if errors := lora_errors(params.loras, known, job_type.name):
         raise InvalidParams(errors)
     check_content_mode(edge, user, params.content_mode, with_upload=bool(params.references))
-    for prompt in filter(None, (params.prompt, row["enhanced_prompt"])):
-        check_prompt(with_weighted_terms(prompt, params), params.content_mode)
+    await check_words(params, params.prompt, row["enhanced_prompt"], beside=signs_beside(params))
     # previews change no pixel; alone in its forwards, the job is as it would be at any time
     params = params.model_copy(update={"previews": False, "reproducible": True})
     job_id = UUID(int=uuid7().int)

@@ -8,17 +8,23 @@
 A path is taken as it stands: nothing in it is decoded, and what is no name of ours is refused, not cleaned.
 """
 
+import asyncio
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
+from pydantic import ValidationError
+
 from db.access import Principal
 from db.blobs import BUCKETS, BlobNotFound, InvalidBlobName
-from db.pictures import PICTURE_BUCKETS, Pictures
+from db.pictures import PICTURE_BUCKETS, Account, Origin, Pictures
 from models.origin.manifest import SOFTWARE
+from models.params import GenerationParams
+from models.policy import NO_SIGNS, signs_in, signs_of
+from models.prompting.signs import Signs
 from serve_app.api.problems import Problem
 from serve_app.edge import Edge
 
@@ -36,17 +42,24 @@ class Outside:
 
 @dataclass(frozen=True)
 class Inside:
-    """A file in our store that is the caller's. `manifest` is there where a row says that a model of ours made it."""
+    """A file in our store that is the caller's. `origin` is what the rows say of it, and `signs` are those of all that
+    it was made from: none of a picture that a user brought."""
 
     bucket: str
     key: str
-    manifest: Mapping[str, Any] | None = None
+    origin: Origin
+    signs: Signs = NO_SIGNS
+
+    @property
+    def manifest(self) -> Mapping[str, Any] | None:
+        """There where a row says that a model of ours made it."""
+        return self.origin.manifest
 
     @property
     def nsfw(self) -> bool:
-        """Whether a model of ours made it in nsfw mode."""
+        """Whether its manifest, its job or its item of the library says so. A provider's results have no manifest."""
         asked = (self.manifest or {}).get("parameters")
-        return isinstance(asked, Mapping) and asked.get("content_mode") == "nsfw"
+        return self.origin.nsfw or (isinstance(asked, Mapping) and asked.get("content_mode") == "nsfw")
 
     @property
     def made_here(self) -> bool:
@@ -110,8 +123,26 @@ async def _found(edge: Edge, user: Principal, buckets: tuple[str, ...], key: str
         with contextlib.suppress(BlobNotFound, InvalidBlobName):
             if (await edge.blobs.head(bucket, key)).size > most:
                 raise Problem(422, "invalid_input", f"the reference is larger than {most} bytes", field=field)
-            return Inside(bucket, key, await Pictures(edge.pool).origin(user.user_id, bucket, key))
+            pictures = Pictures(edge.pool)
+            accounts = await pictures.accounts(user.user_id, bucket, key)
+            if any(account.moderation_status == "rejected" for account in accounts):
+                raise Problem(403, "reference_not_allowed", "moderation has rejected the picture", field=field)
+            signs = await asyncio.to_thread(_signs, accounts)
+            return Inside(bucket, key, await pictures.origin(user.user_id, bucket, key), signs)
     raise _not_found(field)
+
+
+def _signs(accounts: Sequence[Account]) -> Signs:
+    """Judged anew, since words that were kept may say more to today's policy than to that of their day."""
+    signs = NO_SIGNS
+    for account in accounts:
+        signs |= Signs.told(account.signs)
+        try:
+            signs |= signs_of(GenerationParams.model_validate(account.params), *account.prompts)
+        except ValidationError:  # the job is gone, or ran in no model, as that of a copy
+            for prompt in account.prompts:
+                signs |= signs_in(prompt)
+    return signs
 
 
 def _not_found(field: str) -> Problem:

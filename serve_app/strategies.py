@@ -1,7 +1,7 @@
 """A job's enhancement strategy, which says in one word what `enhance` and `compel_enabled` say in two."""
 
 from models.catalog import FAMILIES, JobType
-from models.params import FieldError, GenerationParams, InvalidParams
+from models.params import FieldError, InvalidParams
 
 STRATEGIES = {"none": (False, False), "qwen": (True, False), "compel": (False, True), "hybrid": (True, True)}
 """Whether the language model rewrites the prompt, and whether Compel weighs it."""
@@ -31,12 +31,6 @@ def read_strategy(
         if given is not None and given is not wanted:
             raise _refused(f"{strategy} is against the {name} that is given", "conflict")
     return by_model, by_compel
-
-
-def with_weighted_terms(prompt: str, params: GenerationParams) -> str:
-    """A prompt with the terms that its weights may add, as the content policy has to read it."""
-    terms = params.compel_weights.wording if params.compel_weights else ""
-    return f"{prompt}, {terms}" if terms else prompt
 
 
 def _refused(message: str, code: str) -> InvalidParams:

@@ -32,6 +32,7 @@ FROM profiles p WHERE p.id = :user_id AND NOT EXISTS (SELECT FROM erasures e WHE
 -- name: admit_user(user_id, issued_at)!
 -- The profile of whom a token names, with the role of everybody, once. Nothing for somebody who was erased after the
 -- token was issued, or is being erased. Who was erased before begins without credits: the first ones were given once.
+-- That is the word of this system: what users log themselves begins with `client.`.
 WITH made AS (
   INSERT INTO profiles (id, token_balance)
   SELECT :user_id::uuid, CASE WHEN EXISTS (SELECT FROM user_activity_log WHERE action = 'user.erased'

@@ -76,6 +76,36 @@ SELECT EXISTS (SELECT FROM user_collections WHERE id = :collection_id AND user_i
 -- name: remove_item(item_id, user_id)^
 DELETE FROM user_library WHERE id = :item_id AND user_id = :user_id RETURNING *;
 
+-- name: show_instead(user_id, keys, instead)!
+-- Let the characters, scenes and conversations that show a file of a user's library which no item speaks of any more show
+-- another one, or none. An admin's item may be the picture of anybody's character or scene; conversations are one's own.
+WITH gone AS MATERIALIZED (
+  SELECT 'user-library/' || g.key AS path FROM unnest(:keys::text[]) AS g(key)
+  WHERE NOT EXISTS (SELECT FROM user_library l WHERE l.storage_path = g.key)
+    AND NOT EXISTS (SELECT FROM user_library l WHERE l.thumbnail_path = g.key)
+), shown AS MATERIALIZED (
+  SELECT 'user-library/' || :instead::text AS path
+), of_characters AS (
+  UPDATE characters SET
+    image_url = CASE WHEN image_url IN (SELECT path FROM gone) THEN shown.path ELSE image_url END,
+    reference_image_url = CASE WHEN reference_image_url IN (SELECT path FROM gone) THEN shown.path
+                               ELSE reference_image_url END,
+    preview_image_url = CASE WHEN preview_image_url IN (SELECT path FROM gone) THEN shown.path
+                             ELSE preview_image_url END
+  FROM shown
+  WHERE image_url IN (SELECT path FROM gone) OR reference_image_url IN (SELECT path FROM gone)
+     OR preview_image_url IN (SELECT path FROM gone)
+), of_scenes AS (
+  UPDATE character_scenes SET
+    image_url = CASE WHEN image_url IN (SELECT path FROM gone) THEN shown.path ELSE image_url END,
+    previous_scene_image_url = CASE WHEN previous_scene_image_url IN (SELECT path FROM gone) THEN shown.path
+                                    ELSE previous_scene_image_url END
+  FROM shown
+  WHERE image_url IN (SELECT path FROM gone) OR previous_scene_image_url IN (SELECT path FROM gone)
+)
+UPDATE conversations SET last_scene_image = shown.path FROM shown
+WHERE user_id = :user_id AND last_scene_image IN (SELECT path FROM gone);
+
 -- name: discard(asset_id, user_id)^
 DELETE FROM workspace_assets WHERE id = :asset_id AND user_id = :user_id
 RETURNING temp_storage_path, thumbnail_path;

@@ -104,12 +104,14 @@ WITH given AS MATERIALIZED (
   RETURNING q.job_id, q.user_id, q.queue, q.class, q.cost, q.state, q.claimed_at, q.started_at, q.attempt, q.failures, g.n,
             g.status, g.generation_time_ms, g.worker, g.details
 ), refunded AS MATERIALIZED (
-  -- what was charged for a job that gave nothing, unless its own input was at fault or its owner stopped it while it ran.
+  -- what was charged for a job that gave nothing, unless its own input was at fault, or its owner stopped it while it ran:
+  -- by a deadline too, which is the owner's, and would make everything free that was seen before it.
   -- Before the shares: an acceptance locks a balance, and then a share
   SELECT ourvidz.refund(ids)
   FROM (SELECT array_agg(job_id) AS ids FROM gone
         WHERE (status = 'cancelled' AND state <> 'running')
-           OR (status = 'failed' AND details ->> 'error_code' NOT IN ('invalid_input', 'content_rejected'))) unearned
+           OR (status = 'failed' AND details ->> 'error_code' NOT IN ('invalid_input', 'content_rejected')
+               AND NOT (state = 'running' AND details ->> 'error_code' = 'deadline_exceeded'))) unearned
   WHERE ids IS NOT NULL
 ), charged AS (
   -- the user was charged what was predicted; in the order of the key, so that two finishers can't lock each other out

@@ -56,14 +56,13 @@ WHERE (t.checkpoint_path, t.checkpoint_file_size_mb, t.visual_quality_score, t.s
 RETURNING xmax = 0;
 
 -- name: findings(offered)
--- What the audit's view says, and which LoRAs of the profile the registry does not know. Errors come first.
+-- What the audit's view says, and which LoRAs of the profile the registry has in no production epoch. Errors come first.
 SELECT check_code, severity, run_name, epoch_number, lora_name, detail
 FROM (
   SELECT check_code, severity, run_name, epoch_number, lora_name, detail FROM lora.audit_findings
   UNION ALL
-  SELECT 'production_unlogged', 'error', NULL, NULL, name, 'the profile offers it; no epoch has that name'
-  FROM unnest(:offered::text[]) AS name
-  WHERE NOT EXISTS (SELECT FROM lora.epoch_results e WHERE e.lora_name = name)
+  SELECT 'production_unlogged', 'error', gap.run_name, gap.epoch_number, name, 'the profile offers it; ' || gap.reason
+  FROM unnest(:offered::text[]) AS name CROSS JOIN LATERAL lora.production_gap(name) gap
 ) found
 ORDER BY severity, check_code, run_name NULLS FIRST, epoch_number, lora_name;
 

@@ -64,10 +64,12 @@ def shapes_of_step(params: GenerationParams) -> list[Shape]:
     return [shape, shape._replace(part="controlnet")] if shape.part == "composition" else [shape]
 
 
-def step_seconds(costs: Costs, params: GenerationParams) -> float | None:
-    """What one step of a whole request takes; None before any measurement."""
-    each = [costs.seconds(shape, rows_of(params)) for shape in shapes_of_step(params)]
-    return None if None in each else sum(seconds for seconds in each if seconds is not None)
+def steps_of(params: GenerationParams) -> int:
+    """The steps that a run makes: fewer than asked for from an image, and nearly twice as many with Heun's method."""
+    image = params.of_kind("image")
+    # rounded as for the pipeline, because 1 - 0.8 is a little less than 0.2
+    steps = params.steps if image is None else max(1, int(params.steps * round(1 - image.strength, 6)))
+    return 2 * steps - 1 if params.scheduler == "heun" else steps
 
 
 def rows_of(params: GenerationParams) -> int:
@@ -93,25 +95,27 @@ class Costs:
         self.forwards = self.rows = 0  # that were run in this process
         self.busy_seconds = 0.0  # that they took together
         self.decoding: Decoding | None = None
+        self.guidance_interval: tuple[float, float] | None = None  # of the profile, for requests that name none
+        self.branches_apart = False  # whether guidance makes two forwards of a step, instead of one of twice the rows
         self.bytes_per_row_pixel: float | None = None
         self.room_bytes: int | None = None  # on the device beside the weights, when the models were loaded
 
     def measure(self, shape: Shape, forward: Callable[[int], float], budget_seconds: float) -> None:
         """Take the curve of a shape: `forward(rows)` runs one forward and returns its seconds.
 
-        Ends early where more rows bring no more throughput, and when the budget is used up.
+        Ends early where more rows bring no more throughput, and when the budget is used up. Where a forward fails, what
+        was measured before it is kept.
         """
         curve: dict[int, float] = {}
         used = 0.0
         for rows in ROWS:
             seconds = min(forward(rows) for _ in range(2))
             curve[rows] = seconds
+            self.measured[shape], self.seen[shape] = curve, dict(curve)
             used += 2 * seconds
             before = curve.get(rows // 2)
             if used + 4 * seconds > budget_seconds or (before is not None and seconds >= 2 * before):
                 break
-        self.measured[shape] = curve
-        self.seen[shape] = dict(curve)
 
     def observe(self, shape: Shape, rows: int, seconds: float) -> None:
         """A forward took so long."""
@@ -179,11 +183,34 @@ class Costs:
     def job_seconds(self, params: GenerationParams) -> float | None:
         """How long a job takes when it has the device for itself: its steps and its decoding."""
         shape = shape_of(params)
-        step = step_seconds(self, params)
+        step = self.step_seconds(params)
         if step is None:
             return None
         decoding = self.decoding.seconds_per_pixel * shape.volume * params.num_images if self.decoding else 0.0
-        return step * params.steps + decoding
+        return step * steps_of(params) + decoding
+
+    def step_seconds(self, params: GenerationParams) -> float | None:
+        """What one step of a whole request takes, the mean of guided and other steps; None before any measurement."""
+        guided, unguided = self._step(params, rows_of(params)), self._step(params, params.num_images)
+        if guided is None or unguided is None:
+            return None
+        share = self._guided_share(params)
+        return share * guided + (1 - share) * unguided
+
+    def _step(self, params: GenerationParams, rows: int) -> float | None:
+        """What a step of so many rows takes, by the forwards that it is made of."""
+        forwards, each = (rows, 1) if self.branches_apart else (1, rows)
+        seconds = [self.seconds(shape, each) for shape in shapes_of_step(params)]
+        return None if None in seconds else forwards * sum(one for one in seconds if one is not None)
+
+    def _guided_share(self, params: GenerationParams) -> float:
+        """The part of the steps that are guided, by the rule of `models.denoising.guidance`."""
+        interval = params.guidance_interval or self.guidance_interval
+        if params.guidance_scale <= 1 or interval is None:
+            return 1.0
+        steps = steps_of(params)
+        start, stop = (round(part * steps, 6) for part in interval)
+        return sum(start <= step < stop for step in range(steps)) / steps
 
     def forward_bytes(self, params: GenerationParams, rows: int) -> int | None:
         """The device memory that a forward of so many rows needs beside the weights; None where it was not measured."""
@@ -207,6 +234,8 @@ class Costs:
             "measured": [[*shape, sorted(curve.items())] for shape, curve in self.measured.items()],
             "seconds_per_pixel": self.decoding.seconds_per_pixel if self.decoding else None,
             "bytes_per_row_pixel": self.bytes_per_row_pixel,
+            "guidance_interval": self.guidance_interval,
+            "branches_apart": self.branches_apart,
         }
 
     @classmethod
@@ -225,6 +254,11 @@ class Costs:
             costs.decoding = Decoding(float(document["seconds_per_pixel"]))
         if document["bytes_per_row_pixel"] is not None:
             costs.bytes_per_row_pixel = float(document["bytes_per_row_pixel"])
+        # a profile that an earlier version has published has neither
+        if document.get("guidance_interval") is not None:
+            start, stop = document["guidance_interval"]
+            costs.guidance_interval = float(start), float(stop)
+        costs.branches_apart = bool(document.get("branches_apart", False))
         return costs
 
     def save(self, path: Path, identity: dict[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Hashable, Sequence
+from functools import partial
 
 import structlog
 
@@ -60,17 +62,19 @@ class Forwards:
         calls = [run.call for run in runs if run.call is not None]
         first = runs[0]
         shape, rows = first.shape, sum(call.rows for call in calls)
-        started = time.perf_counter()
+        billed = [(run, call.rows) for run, call in zip(runs, calls, strict=True)]
         try:
-            outputs = run_together(calls)
-            self._pace(first).keep()
+            outputs: Sequence[object] = self._pace(first).run(
+                partial(run_together, calls), partial(self._account, first.costs, shape, billed)
+            )
         except BaseException as error:
             failure = as_generation_error(error)
             if isinstance(failure, DeviceBroken) or len(runs) == 1:
                 return [(run, None, as_generation_error(error)) for run in runs]
             log.warning("forward_split", requests=len(runs), rows=rows, code=failure.code, reason=failure.message)
         else:
-            self._account(runs, shape, rows, time.perf_counter() - started)
+            self.count += 1
+            self.rows += rows
             return list(zip(runs, outputs, [None] * len(runs), strict=True))
         # outside of the handler, whose exception holds the memory of the failed forward
         if isinstance(failure, OutOfMemory):
@@ -78,13 +82,17 @@ class Forwards:
             release_device_memory()
         return [outcome for run in runs for outcome in self._run([run])]
 
-    def _pace(self, run: Run) -> Pace:
-        return self._paces.setdefault(run.model.model_name, Pace(run.model.device))
+    def settle(self) -> None:
+        """What has run is billed. Call before a run ends; its last forward has been waited for by then."""
+        for pace in self._paces.values():
+            with contextlib.suppress(RuntimeError):  # a card that is lost says so at the next forward
+                pace.settle()
 
-    def _account(self, runs: Sequence[Run], shape: Shape, rows: int, seconds: float) -> None:
-        self.count += 1
-        self.rows += rows
-        runs[0].costs.observe(shape, rows, seconds)
-        for run in runs:
-            assert run.call is not None
-            run.compute_seconds += seconds * run.call.rows / rows
+    def _pace(self, run: Run) -> Pace:
+        return self._paces.setdefault(run.model.device, Pace(run.model.device))
+
+    def _account(self, costs: Costs, shape: Shape, billed: Sequence[tuple[Run, int]], seconds: float) -> None:
+        rows = sum(count for _, count in billed)
+        costs.observe(shape, rows, seconds)
+        for run, count in billed:
+            run.compute_seconds += seconds * count / rows

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+T = TypeVar("T")
 LaneName = Literal["text", "pixels", "files"]
 HUNG_SECONDS = 900.0  # longer than a job that decodes keeps its lease without a sign of life
 Done = Callable[[Any, BaseException | None, float], None]
@@ -100,8 +101,10 @@ class Lanes:
 
     @property
     def hung(self) -> bool:
-        """Whether one is at one piece of work for longer than any takes: it will not come back."""
-        return any(lane.busy_seconds > HUNG_SECONDS for lane in list(self._lanes.values()))
+        """Whether one is at one piece of work for longer than any takes: it will not come back. Files may be long in
+        coming, and have a time-out of their own."""
+        lanes = [lane for (_, name), lane in list(self._lanes.items()) if name != "files"]
+        return any(lane.busy_seconds > HUNG_SECONDS for lane in lanes)
 
     def close(self) -> None:
         for lane in self._lanes.values():
@@ -144,23 +147,38 @@ def _tensors(value: Any) -> Iterator[Any]:
 
 
 class Pace:
-    """Keeps the denoising thread at most one forward ahead of the card.
+    """Keeps the denoising thread at most one forward ahead of the device, and tells how long each took there.
 
-    Further ahead, a cancel or a more urgent request would wait for all that is queued. On the CPU nothing is.
+    Further ahead, a cancel or a more urgent request would wait for all that is queued. On the CPU nothing is. There is
+    one for a device, whatever models share it.
     """
 
     def __init__(self, device: str) -> None:
         self._on_card = device == "cuda"
-        self._before: Any = None
+        self._before: tuple[Any, Any, Callable[[float], None]] | None = None
 
-    def keep(self) -> None:
-        """Call after each forward; returns when the one before it has ended."""
+    def run(self, forward: Callable[[], T], took: Callable[[float], None]) -> T:
+        """The result of a forward, which a card may not have computed yet; returns when the one before it has ended.
+        `took` is called with its seconds: now, or, on a card, when the next one has begun or at `settle`."""
         if not self._on_card:
-            return
+            started = time.perf_counter()
+            result = forward()
+            took(time.perf_counter() - started)
+            return result
         import torch
 
-        event = torch.cuda.Event(blocking=True)
-        event.record()
-        if self._before is not None:
-            self._before.synchronize()
-        self._before = event
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True, blocking=True)
+        begin.record()  # reached by the card when it has done what was queued before
+        result = forward()
+        end.record()
+        self.settle()
+        self._before = begin, end, took
+        return result
+
+    def settle(self) -> None:
+        """Wait for the last forward, if nobody has yet."""
+        before, self._before = self._before, None
+        if before is not None:
+            begin, end, took = before
+            end.synchronize()
+            took(begin.elapsed_time(end) / 1000)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +25,21 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 BUDGET_SECONDS = 10.0
+# the fields of a spec that change neither the time nor the memory of a forward or a decoding
+OF_NO_FORWARD = {
+    "defaults",
+    "memory_gib",
+    "disk_gib",
+    "num_gpus",
+    "slots",
+    "state_steps",
+    "hosted_by",
+    "backend",
+    "sequences",
+    "cache_tokens",
+    "loras",
+    "lora_cache_gib",
+}
 
 
 def measured(model: PipelineModel, folder: Path | None) -> Costs:
@@ -34,23 +50,38 @@ def measured(model: PipelineModel, folder: Path | None) -> Costs:
     if known is not None:
         log.info("costs_read", model=model.model_name)
         return known
+    import torch
+
+    with model.session(), torch.no_grad():  # what is in force while jobs run
+        costs = _taken(model)
+    log.info("costs_measured", model=model.model_name, cap=costs.cap(shape_of(model.sample_request().params)))
+    if path is not None:
+        costs.save(path, identity)
+    return costs
+
+
+def _taken(model: PipelineModel) -> Costs:
+    """All that is measured of a model, and what of its settings says how many forwards a job makes."""
     costs = Costs()
     request = model.sample_request()
+    guided = replace(request, params=request.params.model_copy(update={"guidance_scale": 2.0}))
+    costs.branches_apart = model.forward_rows(guided) == model.forward_rows(request)
+    costs.guidance_interval = model.spec.acceleration.guidance_interval
     sample = _Sample()
     model.generate(request, sample)
     shape = shape_of(request.params)
     costs.decoded(shape, 1, sample.pixels_seconds)
     costs.bytes_per_row_pixel = _forward_bytes(sample.calls[""], model.device, shape.volume)
     _measure(costs, shape, sample.calls[""], model.device)
-    for steered in model.steered_samples():
+    others = model.steered_samples()
+    if request.params.frames > 1:  # a video fills the device with one row, and says nothing of pictures
+        others = [model.sample_request(frames=1), *others]
+    for other in others:
         sample = _Sample()
-        model.generate(steered, sample)
+        model.generate(other, sample)
         for part, call in sample.calls.items():
-            shape_of_part = shape_of(steered.params)
-            _measure(costs, shape_of_part._replace(part=part) if part else shape_of_part, call, model.device)
-    log.info("costs_measured", model=model.model_name, cap=costs.cap(shape))
-    if path is not None:
-        costs.save(path, identity)
+            shape = shape_of(other.params)
+            _measure(costs, shape._replace(part=part) if part else shape, call, model.device)
     return costs
 
 
@@ -59,15 +90,15 @@ def identity_of(model: PipelineModel) -> dict[str, Any]:
     import torch
 
     on_card = model.device == "cuda"
+    defaults = model.spec.defaults
+    assert defaults is not None  # a spec of a media family always has them
     return {
         "device": torch.cuda.get_device_name() if on_card else f"{platform.machine()} x{torch.get_num_threads()}",
         "model": model.model_name,
-        "source": model.spec.source,
         "revision": model.revision,
-        "dtype": model.spec.dtype,
-        "attention": model.spec.attention,
-        "offload": model.spec.offload,
-        "guides": {name: guide.model_dump(mode="json") for name, guide in model.spec.guides.items()},
+        "sample": Shape(defaults.width, defaults.height, defaults.frames or 1).name,
+        # whatever it is that comes to it, a new field counts
+        "spec": model.spec.model_dump(mode="json", exclude=OF_NO_FORWARD),
         "libraries": dict(library_versions()),
     }
 
@@ -90,7 +121,10 @@ def _measure(costs: Costs, shape: Shape, call: Call, device: str) -> None:
         failure = as_generation_error(error)
         if not isinstance(failure, OutOfMemory) or shape not in costs.measured:
             raise
-        release_device_memory()
+    else:
+        return
+    # outside of the handler, whose exception holds the memory of the failed forward
+    release_device_memory()
 
 
 class _Sample(Control):
@@ -115,12 +149,11 @@ class _Sample(Control):
 def _seconds(call: Call, rows: int, device: str) -> float:
     import torch
 
-    with torch.no_grad():
-        started = time.perf_counter()
-        run_together([call] * max(1, rows // call.rows))
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
+    started = time.perf_counter()
+    run_together([call] * max(1, rows // call.rows))
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def _forward_bytes(call: Call, device: str, volume: int) -> float | None:
@@ -129,9 +162,10 @@ def _forward_bytes(call: Call, device: str, volume: int) -> float | None:
         return None  # the host's allocator tells no peak
     import torch
 
+    call.run()  # with offload, it is this that brings the weights onto the card
+    torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    with torch.no_grad():
-        call.run()
+    call.run()
     torch.cuda.synchronize()
     return float(torch.cuda.max_memory_allocated() - before) / (call.rows * volume)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from greenlet import greenlet
 
-from models.denoising.costs import Costs, Shape, shape_of, step_seconds
+from models.denoising.costs import Costs, Shape, shape_of
 from models.denoising.denoiser import Call
 from models.denoising.lanes import LaneName
 from models.denoising.order import Work
@@ -89,7 +89,7 @@ class Run(Control):
         )
 
     def _step_seconds(self) -> float:
-        return step_seconds(self.costs, self.ticket.request.params) or 0.0
+        return self.costs.step_seconds(self.ticket.request.params) or 0.0
 
     @property
     def shape(self) -> Shape:

@@ -60,8 +60,8 @@ class Stopwatch:
         return self._control.forward(call)
 
     def aside(self, work: Callable[[], T], lane: LaneName = "pixels") -> T:
-        # parts that move between host and card can't be used by two threads
-        return work() if self._inline else self._control.aside(work, lane)
+        # parts that move between host and card can't be used by two threads; files are none
+        return work() if self._inline and lane != "files" else self._control.aside(work, lane)
 
     def phase(self, name: Phase) -> None:
         self._close_phase()

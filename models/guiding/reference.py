@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from models.prompting.signs import Signs
+
 MIN_STRENGTH = 0.1
 MAX_STRENGTH = 1.0
 
@@ -41,13 +43,14 @@ class Reference(StoredImage):
     `strength` is how much of it is kept: of an image that the generation starts from, the share of noise put on it is
     1 - strength; of others it is the scale of the adapter. Frames are kept as they are, at strength 1. With a `mask`
     only what is white there is made anew. `asked_as` is what the caller called it, where the model runs it as another
-    kind.
+    kind. `signs` are those of what it was made from, none of a picture that a user brought.
     """
 
     strength: float = Field(default=0.5, ge=MIN_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)
     kind: ReferenceKind = "image"
     mask: StoredImage | None = None
     asked_as: Literal["composition"] | None = None
+    signs: Signs = Signs()
 
     @model_validator(mode="before")
     @classmethod

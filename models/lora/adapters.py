@@ -18,7 +18,7 @@ from typing import Any
 
 import structlog
 
-from models.generation import DeviceBroken, GenerationError, OutOfMemory, as_generation_error
+from models.generation import Cancelled, DeviceBroken, GenerationError, OutOfMemory, as_generation_error
 from models.lora.files import LoraFile, LoraInvalid, LoraNoRoom, LoraRegistry
 from models.lora.loras import LoraUse
 from models.lora.rows import AdapterSet, applied_to_all, attach, detach, layers
@@ -143,8 +143,13 @@ class Adapters:
 
     @contextlib.contextmanager
     def encoding(self, adapters: AdapterSet) -> Iterator[None]:
-        """Around every encoding of text, with or without LoRAs: the text encoders run with these and no others."""
+        """Around every encoding of text, with or without LoRAs: the text encoders run with these and no others.
+
+        Raises `Cancelled` where one of them has gone meanwhile: then the request has let go of its lease.
+        """
         with self._lock, contextlib.ExitStack() as stack:
+            if not all(adapter in self._loaded for adapter, _ in adapters):
+                raise Cancelled("stopped before its prompt was encoded")
             for name in _TEXT_ENCODERS:
                 encoder = getattr(self._pipeline, name, None)
                 if encoder is not None:

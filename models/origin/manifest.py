@@ -34,6 +34,7 @@ LIBRARIES = (
     "tokenizers",
     "accelerate",
     "peft",
+    "torchao",
     "compel",
     "numpy",
     "pillow",

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 from models.fields import FieldError, InvalidParams
+from models.prompting.notation import CONJUNCTION, closed, masked, parts, spaced, weighted
 
 MAX_TERMS = 6
 MAX_TERM_WEIGHT = 2.0
@@ -26,7 +27,6 @@ _FreeWeight = Annotated[float, Field(ge=0.0, le=MAX_TERM_WEIGHT, allow_inf_nan=F
 
 _ITEM = re.compile(r"\(\s*([^():]+?)\s*:\s*(\d+(?:\.\d+)?)\s*\)")
 _MARKUP = re.compile(r"[()\"\\+:]")
-_CONJUNCTION = re.compile(r"\)\s*\.\s*(?:blend|and)\s*\(")
 
 
 class WeightedTerm(BaseModel):
@@ -123,7 +123,7 @@ def emphasise(prompt: str, weights: CompelWeights | None) -> Emphasised:
     """
     if weights is None or weights.empty:
         return Emphasised(prompt, {})
-    if _CONJUNCTION.search(prompt):
+    if CONJUNCTION.search(masked(prompt)):
         return Emphasised(prompt, {}, "the prompt blends several, which have no place for weights")
     places: dict[str, tuple[str, float]] = {}  # a word, whose weight it has, and how much
     counts: dict[str, int] = {}
@@ -137,21 +137,24 @@ def emphasise(prompt: str, weights: CompelWeights | None) -> Emphasised:
         counts.setdefault("terms", 0)
         places[item.term.strip().casefold()] = ("terms", item.weight)
     found: set[str] = set()
-
-    def weigh(match: re.Match[str]) -> str:
-        word = match.group().casefold()
-        if word not in places:  # the pattern takes a dotless i for an i, and folding does not
-            return match.group()
-        name, weight = places[word]
-        found.add(word)
-        counts[name] += 1
-        return match.group() if weight == 1 else f"({match.group()}){_number(weight)}"
-
     longest_first = sorted(places, key=lambda word: -len(word))
-    pattern = re.compile(rf"(?i)(?<![\w-])(?:{'|'.join(map(re.escape, longest_first))})(?![\w+-])")
-    text = "".join(pattern.sub(weigh, part) if free else part for part, free in _parts(prompt))
-    # a full stop behind a number would be read as a part of it
-    text = re.sub(r"(\)\d+(?:\.\d+)?)\.(?=\s|$)", r"\1 .", text)
+    pattern = re.compile(rf"(?i)(?<![\w+-])(?:{'|'.join(map(re.escape, longest_first))})(?![\w+-])")
+    text, before = "", 0
+    for piece, free in parts(prompt):
+        start = 0
+        for match in pattern.finditer(piece) if free else ():
+            word = match.group().casefold()
+            if word not in places:  # the pattern takes a dotless i for an i, and folding does not
+                continue
+            name, weight = places[word]
+            found.add(word)
+            counts[name] += 1
+            if weight != 1:
+                written = weighted(match.group(), _number(weight))
+                text = closed(spaced(text + piece[start : match.start()]) + written, prompt[before + match.end() :])
+                start = match.end()
+        text += piece[start:]
+        before += len(piece)
     added = _missing(weights, counts, found)
     text = ", ".join([part for part in (text.rstrip(" ,"), *(written for _, written in added)) if part])
     return Emphasised(text, _account(weights, counts, [name for name, _ in added]))
@@ -163,9 +166,9 @@ def _missing(weights: CompelWeights, counts: dict[str, int], found: set[str]) ->
     for name in _NAMES:
         weight, term = getattr(weights, name), word_groups()[name].add
         if weight is not None and weight > 1 and not counts[name] and term is not None:
-            added.append((name, f"({term}){_number(weight)}"))
+            added.append((name, weighted(term, _number(weight))))
     own = {item.term.strip(): item.weight for item in weights.terms if item.term.strip().casefold() not in found}
-    return added + [("terms", term if weight == 1 else f"({term}){_number(weight)}") for term, weight in own.items()]
+    return added + [("terms", term if weight == 1 else weighted(term, _number(weight))) for term, weight in own.items()]
 
 
 def _account(weights: CompelWeights, counts: dict[str, int], added: list[str]) -> dict[str, Any]:
@@ -174,26 +177,6 @@ def _account(weights: CompelWeights, counts: dict[str, int], added: list[str]) -
         weight = None if name == "terms" else getattr(weights, name)
         account[name] = {"places": count, "added": added.count(name)} | ({} if weight is None else {"weight": weight})
     return account
-
-
-def _parts(prompt: str) -> list[tuple[str, bool]]:
-    """The prompt in pieces, and whether a piece is free: in no brackets or quotes."""
-    parts: list[tuple[str, bool]] = []
-    start, depth, quoted, escaped = 0, 0, False, False
-    for place, character in enumerate(prompt):
-        if escaped or character == "\\":
-            escaped = not escaped and character == "\\"
-            continue
-        free = depth == 0 and not quoted
-        if character == '"':
-            quoted = not quoted
-        elif character in "()" and not quoted:
-            depth = max(0, depth + (1 if character == "(" else -1))
-        if free != (depth == 0 and not quoted):
-            end = place if free else place + 1
-            parts.append((prompt[start:end], free))
-            start = end
-    return [*parts, (prompt[start:], depth == 0 and not quoted)]
 
 
 def _listed(text: str) -> list[dict[str, Any]]:

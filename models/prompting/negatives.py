@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import yaml
 
 from models.catalog import Family
-from models.params import ContentMode
+from models.params import MAX_PROMPT_CHARACTERS, ContentMode
 
 if TYPE_CHECKING:
     from models.prompting.prompts import TokenCounter
@@ -82,7 +82,9 @@ def negative_prompt(
     A term is said once, and a term that the prompt asks for is left out (unless its preset is required). From image to
     image, presets say at most three terms beside the required ones, those of the highest priority. With a `counter` and
     a `limit`, preset terms go, from the lowest priority up, until all fits: so the caller's own words and required
-    terms are never what the model's window cuts off because of a preset.
+    terms are never what the model's window cuts off because of a preset. With a `limit` and nothing to count by, the
+    other presets come after the caller's own words, to the same end. Nor are preset terms what makes it longer than a
+    prompt may be.
     """
     terms: list[tuple[str, bool]] = []
     known: set[str] = {term.strip().casefold() for term in own.split(",")}
@@ -98,12 +100,24 @@ def negative_prompt(
         first = [index for index, (_, required) in enumerate(terms) if not required][:I2I_TERMS]
         terms = [entry for index, entry in enumerate(terms) if entry[1] or index in first]
     own = own.strip().strip(",").strip()
-    while True:
-        text = ", ".join([*(term for term, _ in terms), *([own] if own else [])])
-        droppable = [index for index, (_, required) in enumerate(terms) if not required]
-        if counter is None or limit is None or not droppable or counter.count(text) <= limit:
-            return text
-        terms.pop(droppable[-1])
+    required = [entry for entry in terms if entry[1]]
+
+    def joined(kept: Sequence[tuple[str, bool]]) -> str:
+        if limit is not None and counter is None:
+            optional = [term for term, needed in kept if not needed]
+            return ", ".join([*(term for term, _ in required), *([own] if own else []), *optional])
+        return ", ".join([*(term for term, _ in kept), *([own] if own else [])])
+
+    def fits(text: str) -> bool:
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            return False
+        return counter is None or limit is None or counter.count(text) <= limit
+
+    if not fits(joined(required)):
+        return joined(required)
+    while not fits(joined(terms)):
+        terms.pop(max(index for index, (_, needed) in enumerate(terms) if not needed))
+    return joined(terms)
 
 
 def _applies(

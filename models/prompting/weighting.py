@@ -1,6 +1,7 @@
 """Prompt weights for SDXL with Compel: "(word)1.3", "word++", and prompts longer than one CLIP window.
 
-The notation "(word:1.3)" of other programs is understood too; Compel itself would take it for text.
+The notation "(word:1.3)" of other programs is understood too, and a group behind any character; Compel itself would
+take them for text (`models.prompting.notation`).
 
 Compel may refuse a text in many ways; whatever it raises becomes `WeightingFailed`. Its parser reads a group again
 for each thing that the group may turn out to be, at each level of nesting, so a text is measured before it is parsed.
@@ -11,6 +12,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Any
+
+from models.prompting.notation import CONJUNCTION, left_over, masked, unread_weight, with_compel_weights
 
 # One window is 75 tokens. The cost of a window is small (1.3 % of a step's work at 1024x1024) but not bounded.
 MAX_WINDOWS = 4
@@ -28,7 +31,9 @@ _GROUP_COST = 20
 
 _ESCAPED = re.compile(r"\\[()\"]")
 _SIGNS = re.compile(rf"[+-]{{{MAX_SIGNS + 1},}}")
-_COLON_WEIGHT = re.compile(r"\(([^():]+):\s*(\d+(?:\.\d+)?)\s*\)")
+
+_WITHOUT_EFFECT = re.compile(r"(?<!\\)\.swap\s*\(|(?:use|with)Lora\s*\(")
+_ONE_CONJUNCTION = re.compile(r"(?s)\s*\(.*\)\s*\.(?:and|add|blend)\s*\([^()]*\)\s*")
 
 
 class WeightingFailed(Exception):
@@ -70,7 +75,7 @@ class Weighting:
             check_parsable(text)
         try:
             for text in (prompt, negative_prompt or ""):
-                _check_weights(text)
+                _check_read(text)
             compel = CompelForSDXL(self._pipeline, device=device)
             tokens = len(tokenizer(plain_text(prompt), truncation=False, verbose=False).input_ids)
             if tokens > MAX_WINDOWS * window:
@@ -121,11 +126,6 @@ def check_parsable(prompt: str) -> None:
         raise WeightingFailed("too much text in parentheses or quotes")
 
 
-def with_compel_weights(prompt: str) -> str:
-    """The prompt with each "(words:1.3)" written as Compel's "(words)1.3"."""
-    return _COLON_WEIGHT.sub(r"(\1)\2", prompt)
-
-
 def plain_text(prompt: str) -> str:
     """The prompt without Compel's markup, in reading order: "a (red)1.3 cat++" gives "a red cat"."""
     texts = [_fragments_text(fragments) for fragments in _parsed(prompt)]
@@ -142,9 +142,20 @@ def _parsed(prompt: str) -> list[list[Any]]:
     return parsed
 
 
-def _check_weights(prompt: str) -> None:
-    fragments = [fragment for part in _parsed(prompt) for fragment in part]
-    if any(abs(getattr(fragment, "weight", 1.0)) > MAX_WEIGHT for fragment in fragments):
+def _check_read(prompt: str) -> None:
+    """Raises `WeightingFailed` where Compel would take a weight for text or leave something out, without saying so."""
+    hidden = masked(prompt)
+    if _WITHOUT_EFFECT.search(hidden):
+        raise WeightingFailed("swap, useLora and withLora have no effect here")
+    joined = len(CONJUNCTION.findall(hidden))
+    if joined > 1 or (joined and not _ONE_CONJUNCTION.fullmatch(hidden)):
+        raise WeightingFailed("a blend or conjunction has to be the whole prompt")
+    if unread_weight(prompt):
+        raise WeightingFailed("a weight behind a colon that can't be read")
+    fragments = [fragment for part in _parsed(hidden) for fragment in part]
+    if any(left_over(fragment.text) for fragment in fragments):
+        raise WeightingFailed("a weight that can't be read")
+    if any(abs(fragment.weight) > MAX_WEIGHT for fragment in fragments):
         raise WeightingFailed(f"a weight above {MAX_WEIGHT:g}")
 
 

@@ -13,7 +13,7 @@ from db.idempotency import canonical_body
 from db.jobs import JobRecord, Status
 from serve_app.admission import Submission
 from serve_app.api.auth import Admin, EdgeDep
-from serve_app.api.bodies import AMOUNT, CARRIED, TEXT, dialect, json_object, one_of, optional_object
+from serve_app.api.bodies import AMOUNT, CARRIED, PARAMETERS, TEXT, dialect, json_object, one_of, optional_object
 from serve_app.api.jobs import IdempotencyKey, owned
 from serve_app.api.problems import DOCUMENTED, Problem
 from serve_app.api.queue_requests import read_submission
@@ -30,8 +30,19 @@ WAIT_SECONDS = 60.0
 LOOK_SECONDS = 0.25
 LONGEST_MODE = 100
 JOB_TYPES = {"fast": "sdxl_image_fast", "high": "sdxl_image_high"}
+OWN = ("mode", "wait_seconds", "quality")  # fields that queue-job has not, or has with another meaning
+TYPES = ("job_type", "jobType")
 IMAGE = one_of(
-    dialect("image", ("prompt",), prompt=TEXT, mode=TEXT, metadata=CARRIED, wait_seconds=AMOUNT),
+    dialect(
+        "image",
+        ("prompt",),
+        prompt=TEXT,
+        mode=TEXT,
+        quality={"type": "string", "enum": list(JOB_TYPES)},
+        metadata=CARRIED,
+        wait_seconds=AMOUNT,
+        **PARAMETERS,
+    ),
 )
 AVATARS = one_of(
     dialect("names", (), names={"type": "array", "items": TEXT, "maxItems": MOST}),
@@ -52,8 +63,8 @@ async def generate_admin_image(
     request: Request, response: Response, edge: EdgeDep, admin: Admin, idempotency_key: IdempotencyKey = None
 ) -> dict[str, Any]:
     """Make a picture and wait for it, at most `wait_seconds` (60 unless less is said): 200 with the picture, or 202
-    with a job that goes on and a URL that is null. `metadata` may have what queue-job reads there, such as a seed;
-    `metadata.quality` is `fast` or `high`. `mode` is a word of the caller's own, which is given back."""
+    with a job that goes on and a URL that is null. The body and `metadata` may have what queue-job reads there, such
+    as a seed, and `quality`, which is `fast` or `high`. `mode` is a word of the caller's own, which is given back."""
     body = await json_object(request)
     wait = _wait_seconds(body)
     mode = body.get("mode")
@@ -62,11 +73,12 @@ async def generate_admin_image(
     metadata = body.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise Problem(400, "type", "must be an object", field="metadata")
-    quality = metadata.get("quality", "high")
-    if not isinstance(quality, str) or quality not in JOB_TYPES:
-        raise Problem(400, "choice", "must be fast or high", field="metadata.quality")
+    if named := next((name for name in TYPES if body.get(name) is not None), None):
+        raise Problem(400, "unsupported", "the quality decides the job type here", field=named)
     kept = metadata if mode is None else metadata | {"mode": mode}
-    asked = {"job_type": JOB_TYPES[quality], "prompt": body.get("prompt"), "metadata": kept}
+    own = (*OWN, *TYPES)
+    asked = {name: value for name, value in body.items() if name not in own}
+    asked |= {"job_type": JOB_TYPES[_quality(body, metadata)], "metadata": kept}
     _, submission = await read_submission(edge, asked)
     accepted = await submit(edge, admin, submission, idempotency_key=idempotency_key, body=canonical_body(body))
     record = await _ended(edge, admin, accepted.job_id, wait)
@@ -89,6 +101,7 @@ def _image_answer(edge: Edge, record: JobRecord, mode: str | None, metadata: dic
         "status": row["status"],
         "image": images[0],
         "images": images if files else [],
+        "adjustments": row["adjustments"],
     }
 
 
@@ -155,6 +168,17 @@ def _are_names(names: Any) -> bool:
         and all(isinstance(name, str) and name and name.isprintable() and len(name) <= 200 for name in names)
         and len(set(names)) == len(names)
     )
+
+
+def _quality(body: dict[str, Any], metadata: dict[str, Any]) -> str:
+    given = {"quality": body.get("quality"), "metadata.quality": metadata.get("quality")}
+    said = {field: value for field, value in given.items() if value is not None}
+    for field, value in said.items():
+        if not isinstance(value, str) or value not in JOB_TYPES:
+            raise Problem(400, "choice", "must be fast or high", field=field)
+        if value != next(iter(said.values())):
+            raise Problem(400, "conflict", "is not the quality that is given", field=field)
+    return next(iter(said.values()), "high")
 
 
 def _wait_seconds(body: dict[str, Any]) -> float:

@@ -68,7 +68,7 @@ AMOUNT: dict[str, Any] = {"type": "number"}
 CARRIED: dict[str, Any] = {"type": "object"}
 PICTURE: dict[str, Any] = {"type": "string", "format": "uri-reference"}
 
-_PARAMETERS: dict[str, Any] = {
+PARAMETERS: dict[str, Any] = {
     **dict.fromkeys(("seed", "num_images", "steps", "width", "height", "frames", "fps"), COUNT),
     **dict.fromkeys(("guidance_scale", "shift", "reference_strength", "denoise_strength"), AMOUNT),
     **dict.fromkeys(("negative_prompt", "scheduler", "aspect_ratio"), TEXT),
@@ -77,8 +77,10 @@ _PARAMETERS: dict[str, Any] = {
     "compel_enabled": SWITCH,
     "compel_weights": {"anyOf": [TEXT, {"type": "object"}]},
     "enhancement_strategy": {"type": "string", "enum": ["none", "qwen", "compel", "hybrid"]},
-    "previews": SWITCH,
-    "contentType": {"type": "string", "enum": ["sfw", "nsfw"]},
+    **dict.fromkeys(("previews", "reproducible"), SWITCH),
+    "guidance_interval": {"type": "array", "items": AMOUNT, "minItems": 2, "maxItems": 2},
+    "loras": {"type": "array", "items": CARRIED},
+    **{name: {"type": "string", "enum": ["sfw", "nsfw"]} for name in ("contentType", "content_mode")},
 }
 _MODES: dict[str, Any] = {
     **dict.fromkeys(("exact_copy_mode", "skip_enhancement", "user_requested_enhancement"), SWITCH),
@@ -87,11 +89,11 @@ _MODES: dict[str, Any] = {
     "video_reference_mode": {"type": "string", "enum": ["none", "single", "start", "end", "both"]},
     "originalEnhancedPrompt": TEXT,
 }
-_IN_METADATA = CARRIED | {"required": ["prompt"], "properties": {"prompt": TEXT, **_PARAMETERS, **_MODES}}
+_IN_METADATA = CARRIED | {"required": ["prompt"], "properties": {"prompt": TEXT, **PARAMETERS, **_MODES}}
 _BESIDE = CARRIED | {"properties": _MODES}
 QUEUE_JOB = one_of(
     dialect(
-        "snake_case", ("job_type",), job_type=TEXT, prompt=TEXT, enhanced_prompt=TEXT, metadata=_BESIDE, **_PARAMETERS
+        "snake_case", ("job_type",), job_type=TEXT, prompt=TEXT, enhanced_prompt=TEXT, metadata=_BESIDE, **PARAMETERS
     ),
     dialect("camelCase", ("jobType", "metadata"), jobType=TEXT, enhancedPrompt=TEXT, metadata=_IN_METADATA),
 )

@@ -11,11 +11,12 @@ from serve_app.api.bodies import QUEUE_JOB, json_object
 from serve_app.api.enhancement import enhance_prompt
 from serve_app.api.functions import queue_job
 from serve_app.api.jobs import IdempotencyKey
+from serve_app.api.wire_enhancement import SCENE
 
 router = APIRouter(prefix="/functions/v1", tags=["functions"])
 
 
-@router.post("/generate-content", operation_id="generateContent", openapi_extra=QUEUE_JOB)
+@router.post("/generate-content", operation_id="generateContent", openapi_extra=QUEUE_JOB, responses=SCENE)
 async def generate_content(
     request: Request, edge: EdgeDep, user: User, idempotency_key: IdempotencyKey = None
 ) -> dict[str, Any]:

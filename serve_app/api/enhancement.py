@@ -14,13 +14,14 @@ from db.limits import SystemConfig
 from deployments.prompting import EnhanceRequest, choose_template, enhancement_account, load_counter
 from models.catalog import Family, RequestRefused
 from models.generation import GenerationError
-from models.policy import check_prompt
+from models.policy import check_signs
 from models.prompting.composition import MODIFY_TEMPLATE, compose_modification, compose_within, modify_strategy
 from models.prompting.enhancement import Enhancement, enhance
 from models.prompting.prompts import WINDOWS, TokenCounter
+from serve_app.admission import signs_off_loop
 from serve_app.api.auth import EdgeDep, User
 from serve_app.api.bodies import json_object
-from serve_app.api.wire_enhancement import ANSWER_SECONDS, BODY, Asking, read_request
+from serve_app.api.wire_enhancement import ANSWER_SECONDS, BODY, SCENE, Asking, read_request
 from serve_app.edge import Edge
 
 log = structlog.get_logger()
@@ -42,12 +43,14 @@ UNTOUCHED: dict[str, Any] = {
     "execution_time_ms": 0,
     "new_tokens": 0,
     "cached": False,
+    "weights_restored": 0,
+    "weights_lost": 0,
     "template_selection": None,
     "template_cache_hit": None,
 }
 
 
-@router.post("/enhance-prompt", operation_id="enhancePrompt", openapi_extra=BODY)
+@router.post("/enhance-prompt", operation_id="enhancePrompt", openapi_extra=BODY, responses=SCENE)
 async def enhance_prompt(request: Request, edge: EdgeDep, user: User) -> dict[str, Any]:
     """Enhance a prompt for a job type. 200 also when rules had to stand in: `fallback_used` says so."""
     if not user.is_admin():
@@ -71,7 +74,7 @@ async def _modified(edge: Edge, asked: Asking) -> dict[str, Any]:
         limit = WINDOWS[asked.family] - counter.specials
         composed = await asyncio.to_thread(compose_within, asked.base, asked.prompt, counter, limit)
         text, shortened = composed.text, composed.shortened
-    check_prompt(text, asked.mode)
+    check_signs(await signs_off_loop(text), asked.mode)
     account = UNTOUCHED | {
         "strategy": modify_strategy(asked.prompt),
         "template_name": MODIFY_TEMPLATE,

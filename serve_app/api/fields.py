@@ -1,5 +1,6 @@
 """The fields of a body that may stand at its top or in its metadata, read with their types checked."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,5 +66,6 @@ def text(name: str, value: Any) -> str | None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a value of JSON is a number that can be counted with and stored. true and false are none, nor is what
+    Python reads although JSON has no such number (`NaN`) or it is too large for one (`1e999`)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -16,15 +16,14 @@ from deployments.storing import BUCKET, REFERENCE_BUCKET
 from models.catalog import Family, resolve
 from models.denoising.costs import shape_name
 from models.params import GenerationParams, GivenParams
-from models.policy import check_prompt
-from serve_app.admission import Submission, check_content_mode
+from models.policy import signs_beside
+from serve_app.admission import Submission, check_content_mode, check_words
 from serve_app.api.auth import EdgeDep, User
 from serve_app.api.problems import Problem
 from serve_app.api.views import job_view, preview_view
 from serve_app.api.wire import Job, JobBatch, JobList, JobPage, JobRequest, Preview
 from serve_app.edge import Edge
 from serve_app.references import LISTED, AskedReference, single_reference
-from serve_app.strategies import with_weighted_terms
 from serve_app.submission import ENHANCE_SECONDS, numbered, submit, submit_together
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -173,8 +172,7 @@ async def retry_job(job_id: UUID, edge: EdgeDep, user: User) -> Job:
     params = GenerationParams.model_validate(record.job["params"])
     # as of a rerun: the rules may have changed since it was accepted
     check_content_mode(edge, user, params.content_mode, with_upload=False)
-    for prompt in filter(None, (params.prompt, record.job["enhanced_prompt"])):
-        check_prompt(with_weighted_terms(prompt, params), params.content_mode)
+    await check_words(params, params.prompt, record.job["enhanced_prompt"], beside=signs_beside(params))
     cost = ENHANCE_SECONDS if enhances else await edge.predictions.seconds(job_type, params)
     if not await edge.jobs.retry(
         job_id,

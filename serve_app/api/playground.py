@@ -1,9 +1,11 @@
 """/functions/v1/playground-chat: a message of an existing client, answered. The conversation is the one that the body
 names, or a new one. What `/v1/conversations` does for its own clients happens here; only the wire differs.
 
-The client's choice of provider and model is told back rather than followed: one language model answers here.
+The client's choice of provider and model is told back rather than followed: one language model answers here. So is
+every other field that has no effect.
 """
 
+import json
 from typing import Any
 from uuid import UUID
 
@@ -11,11 +13,13 @@ from fastapi import APIRouter, Request, Response
 
 from db.conversations import Conversations, Exchange, MessageKey
 from db.idempotency import canonical_body
+from models.fields import cleaned
 from models.params import ContentMode
 from models.prompting.dialogue import FIELD_CHARACTERS, Person, clean_message
 from serve_app.api.auth import EdgeDep, User
-from serve_app.api.bodies import CARRIED, SWITCH, TEXT, dialect, json_object, one_of
+from serve_app.api.bodies import AMOUNT, CARRIED, SWITCH, TEXT, dialect, json_object, one_of
 from serve_app.api.conversations import OF_MODEL, ChatKey, owned, refuse_unknown
+from serve_app.api.fields import is_number
 from serve_app.api.problems import Problem
 from serve_app.api.replies import replay, reply
 from serve_app.api.wire_chat import STREAM
@@ -27,21 +31,26 @@ PROVIDERS = ("local", "chat_worker")  # names for the model that answers here
 LENGTHS = {"short": 1 / 3, "medium": 1.0, "long": 2.0}  # of the template's own length
 KINDS = {name: name for name in USE_CASES} | {use_case: name for name, use_case in USE_CASES.items()}
 MOST_PARTICIPANTS = 10
+MOST_TEMPERATURE = 2  # as in /v1
+MOST_UNREAD = 20
 # what fields of /v1 are called here
 NAMES = {"template_id": "prompt_template_id", "content_mode": "content_tier", "conversation_type": "context_type"}
-BODY = one_of(
-    dialect(
-        "message",
-        ("message",),
-        **dict.fromkeys(("message", "conversation_id", "project_id", "character_id", "prompt_template_id"), TEXT),
-        **dict.fromkeys(("context_type", "system_prompt_override", "model_provider", "model_variant"), TEXT),
-        content_tier={"type": "string", "enum": ["sfw", "nsfw"]},
-        long_response=SWITCH,
-        roleplay_settings=CARRIED
-        | {"properties": {"responseStyle": TEXT, "responseLength": {"type": "string", "enum": list(LENGTHS)}}},
-        participants={"type": "array", "items": CARRIED | {"properties": {"name": TEXT, "description": TEXT}}},
-    )
-)
+SETTINGS: dict[str, Any] = {
+    "responseStyle": TEXT,
+    "responseLength": {"type": "string", "enum": list(LENGTHS)},
+    "enhancementModel": TEXT,
+}
+PARTICIPANT: dict[str, Any] = {"name": TEXT, "description": TEXT}
+FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("message", "conversation_id", "project_id", "character_id", "prompt_template_id"), TEXT),
+    **dict.fromkeys(("context_type", "system_prompt_override", "model_provider", "model_variant"), TEXT),
+    "content_tier": {"type": "string", "enum": ["sfw", "nsfw"]},
+    "long_response": SWITCH,
+    "temperature": AMOUNT | {"minimum": 0, "maximum": MOST_TEMPERATURE},
+    "roleplay_settings": CARRIED | {"properties": SETTINGS},
+    "participants": {"type": "array", "items": CARRIED | {"properties": PARTICIPANT}},
+}
+BODY = one_of(dialect("message", ("message",), **FIELDS))
 
 
 @router.post(
@@ -73,9 +82,7 @@ async def playground_chat(request: Request, edge: EdgeDep, user: User, key: Chat
         _agree("character_id", character_id, conversation.character_id)
     await refuse_unknown(edge, user, project_id=project_id)
     own = _text(body, "system_prompt_override")
-    settings = {} if body.get("roleplay_settings") is None else body["roleplay_settings"]
-    if not isinstance(settings, dict):
-        raise Problem(400, "type", "must be an object", field="roleplay_settings")
+    settings = _settings(body)
     asked = Asked(
         message=message,
         content_mode=_tier(body),
@@ -88,6 +95,7 @@ async def playground_chat(request: Request, edge: EdgeDep, user: User, key: Chat
         others=_participants(body),
         style=_short("roleplay_settings.responseStyle", settings.get("responseStyle"), 200),
         length_factor=_length(body, settings),
+        temperature=_temperature(body),
         key=message_key,
     )
     try:
@@ -126,26 +134,62 @@ def answer_view(exchange: Exchange, adjustments: list[dict[str, Any]]) -> dict[s
 
 
 def _adjustments(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is told of another model than the one that answers."""
-    settings = body.get("roleplay_settings")
+    """What is told of another model than the one that answers, and of what is no field at all."""
     given = {
         "model_provider": _text(body, "model_provider"),
         "model_variant": _text(body, "model_variant"),
-        "roleplay_settings.enhancementModel": settings.get("enhancementModel") if isinstance(settings, dict) else None,
+        "roleplay_settings.enhancementModel": _text(_settings(body), "enhancementModel", "roleplay_settings."),
     }
     reason = "the installation's own language model answers"
-    return [
-        {"field": name, "given": str(value)[:100], "used": PROVIDERS[0], "reason": reason}
+    told = [
+        {"field": name, "given": cleaned(name, value)[:100], "used": PROVIDERS[0], "reason": reason}
         for name, value in given.items()
         if value and value not in PROVIDERS
     ]
+    return told + [
+        {"field": name, "given": _kind_of(value), "used": "none", "reason": "is no field of this function"}
+        for name, value in _unread(body)[:MOST_UNREAD]
+    ]
 
 
-def _text(body: dict[str, Any], name: str) -> str | None:
+def _unread(body: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The fields that nobody reads, by names that an answer may repeat, with their values. A null says nothing."""
+    people = body.get("participants")
+    parts = [("", body, FIELDS), ("roleplay_settings.", _settings(body), SETTINGS)]
+    parts += [
+        (f"participants.{number}.", one, PARTICIPANT)
+        for number, one in enumerate(people if isinstance(people, list) else [])
+        if isinstance(one, dict)
+    ]
+    return [
+        (prefix + name, value)
+        for prefix, part, known in parts
+        for name, value in part.items()
+        if name not in known and value is not None and name.isprintable() and len(name) <= 100
+    ]
+
+
+def _kind_of(value: Any) -> str:
+    """What may be said of a value without repeating what somebody wrote."""
+    if isinstance(value, str):
+        return f"{len(value)} characters"
+    if isinstance(value, list | dict):
+        return f"{len(value)} entries"
+    return json.dumps(value)[:100]
+
+
+def _settings(body: dict[str, Any]) -> dict[str, Any]:
+    settings = {} if body.get("roleplay_settings") is None else body["roleplay_settings"]
+    if not isinstance(settings, dict):
+        raise Problem(400, "type", "must be an object", field="roleplay_settings")
+    return settings
+
+
+def _text(body: dict[str, Any], name: str, prefix: str = "") -> str | None:
     value = body.get(name)
     if value is None or isinstance(value, str):
         return value
-    raise Problem(400, "type", "must be a string", field=name)
+    raise Problem(400, "type", "must be a string", field=prefix + name)
 
 
 def _id(body: dict[str, Any], name: str) -> UUID | None:
@@ -190,6 +234,15 @@ def _length(body: dict[str, Any], settings: dict[str, Any]) -> float:
     if longer and length == "short":
         raise Problem(400, "conflict", "is given beside a short responseLength", field="long_response")
     return LENGTHS["long"] if longer else LENGTHS[length or "medium"]
+
+
+def _temperature(body: dict[str, Any]) -> float | None:
+    value = body.get("temperature")
+    if value is None:
+        return None
+    if not is_number(value) or not 0 <= value <= MOST_TEMPERATURE:
+        raise Problem(400, "range", f"must be between 0 and {MOST_TEMPERATURE}", field="temperature")
+    return float(value)
 
 
 def _participants(body: dict[str, Any]) -> list[Person]:

@@ -5,19 +5,17 @@ from typing import Any, cast
 from fastapi import APIRouter, Request
 
 from db.inventory import Inventory
-from deployments.prompting import negatives_of
-from models.catalog import FAMILIES, Family
 from models.params import ContentMode
-from models.prompting.negatives import GenerationMode, negative_prompt
+from models.prompting.negatives import GenerationMode
 from serve_app.api.auth import Admin, EdgeDep, User
 from serve_app.api.bodies import SWITCH, dialect, one_of, optional_object
 from serve_app.api.problems import Problem
+from serve_app.negatives import READERS, Asked, negative
 
 router = APIRouter(prefix="/functions/v1", tags=["functions"])
 
-MODELS = tuple(family.value for family in FAMILIES)
 CHOICES: dict[str, tuple[str, ...]] = {
-    "modelType": MODELS,
+    "modelType": tuple(READERS),
     "contentMode": ("sfw", "nsfw"),
     "generationMode": ("txt2img", "i2i"),
 }
@@ -45,15 +43,12 @@ async def get_negative_prompt(request: Request, edge: EdgeDep, user: User) -> di
     for name, value in given.items():
         if value not in CHOICES[name]:
             raise Problem(400, "choice", f"must be one of {', '.join(CHOICES[name])}", field=name)
-    text = negative_prompt(
-        Family(given["modelType"]),
-        "",
-        "",
-        cast(ContentMode, given["contentMode"]),
-        cast(GenerationMode, given["generationMode"]),
-        negatives_of(await edge.prompts.negatives()),
+    asked = Asked(
+        content_mode=cast(ContentMode, given["contentMode"]),
+        generation_mode=cast(GenerationMode, given["generationMode"]),
     )
-    return {"success": True, "baseNegativePrompt": text, **given}
+    told = await negative(edge, given["modelType"], READERS[given["modelType"]], asked)
+    return {"success": True, "baseNegativePrompt": told.text, **given}
 
 
 @router.post("/refresh-prompt-cache", operation_id="refreshPromptCache", openapi_extra=REFRESH)

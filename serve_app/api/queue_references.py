@@ -11,7 +11,7 @@ from models.profile import ModelSpec
 from serve_app.api.fields import Fields
 from serve_app.api.problems import Problem
 from serve_app.api.wire import Adjusted
-from serve_app.modes import VIDEO_MODES, Mode, Wish
+from serve_app.modes import VIDEO_MODES, Mode, Wish, nearest_strength
 from serve_app.references import SINGLE, AskedReference
 
 KINDS = ("image", "style", "character", "composition")
@@ -51,7 +51,7 @@ class PictureReading:
         names = dict(SINGLE)
         if self._fields.either("denoise_strength") is not None:
             names["strength"] = "denoise_strength"
-        strength = self._strength()
+        strength = self._strength(starts=not self._only_steers(kind))
         if self._only_steers(kind):
             return (AskedReference(image=picture, kind=kind, strength=strength, names=names),), Mode.TEXT
         mode = self._wish.mode()
@@ -95,20 +95,24 @@ class PictureReading:
         )
         return tuple(references), Mode.TEXT
 
-    def _strength(self, unused: str | None = None) -> float | None:
-        """How much of the picture stays. Clients send both numbers, always: what is without effect is noted, `unused`
-        saying why both are."""
+    def _strength(self, unused: str | None = None, *, starts: bool = False) -> float | None:
+        """How much of the picture stays, `starts` saying that it is what is generated from. Clients send both numbers,
+        always: what is without effect is noted, `unused` saying why both are."""
         strength, noise = self._fields.share("reference_strength"), self._fields.share("denoise_strength")
         if unused is not None:
             for name, value in (("reference_strength", strength), ("denoise_strength", noise)):
                 if value is not None:
                     self._note(name, value, "none", unused)
             return None
-        if noise is None:
-            return strength
-        used = round(1 - noise, 6)
+        asked = strength if noise is None else round(1 - noise, 6)
+        if asked is None:
+            return None
+        used, reason = nearest_strength(asked, starts=starts)
+        if noise is not None and used != asked:
+            self._note("denoise_strength", noise, round(1 - used, 6), reason)
         if strength is not None and abs(strength - used) >= 1e-6:
-            reason = "denoise_strength goes first, and is 1 less the strength"
+            if abs(strength - asked) >= 1e-6:
+                reason = "denoise_strength goes first, and is 1 less the strength"
             self._note("reference_strength", strength, used, reason)
         return used
 

@@ -7,20 +7,23 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from deployments.prompting import negatives_of
+from db.providers import ApiModel
 from models.catalog import FamilyDefaults, Format, JobType, resolve
-from models.params import MAX_PROMPT_CHARACTERS, ContentMode
-from models.policy import check_prompt
+from models.fields import cleaned, is_too_long
+from models.policy import check_signs
 from models.profile import ModelSpec
-from models.prompting.negatives import GenerationMode, negative_prompt
-from serve_app.admission import Submission, installed
+from serve_app.admission import Submission, installed, signs_off_loop
 from serve_app.api.fields import Fields, is_number, text
 from serve_app.api.problems import Problem
 from serve_app.api.queue_references import PictureReading
 from serve_app.api.wire import Adjusted
+from serve_app.api.wire_enhancement import is_ours, not_installed
+from serve_app.api.wire_requests import JobRequest
 from serve_app.edge import Edge
 from serve_app.modes import COPIED, PRESETS, Mode, Wish, Wording, changed, nearest_count, worded
-from serve_app.outside import stand_in
+from serve_app.negatives import Asked, negative_of_job, takes_rows
+from serve_app.outside import stand_in, taker
+from serve_app.strategies import STRATEGIES
 
 # read alike in both dialects, and like the fields of /v1
 PLAIN = (
@@ -34,9 +37,12 @@ PLAIN = (
     "scheduler",
     "shift",
     "guidance_scale",
+    "guidance_interval",
     "compel_enabled",
     "compel_weights",
     "previews",
+    "reproducible",
+    "loras",
 )
 # what is read from the body; anything else is carried in the job's metadata, so that nothing is lost
 READ = {
@@ -58,10 +64,13 @@ READ = {
     "callback_url",
     "contentType",
     "content_type",
+    "content_mode",
     "aspect_ratio",
     "enhancement_strategy",
     "metadata",
 }
+# fields of /v1 that this function has never had: refused, so that nobody takes them for honoured
+ELSEWHERE = JobRequest.model_fields.keys() - READ
 NAMES_OF_FORMAT = {Format.IMAGE: ("image", "png"), Format.VIDEO: ("video", "mp4")}
 MODEL_TYPES = ("sdxl", "wan", "rv51", "flux", "replicate-sdxl", "replicate-sdxl-i2i")
 RATIOS = {"1:1": 1.0, "16:9": 16 / 9, "9:16": 9 / 16, "4:3": 4 / 3, "3:4": 3 / 4, "3:2": 3 / 2, "2:3": 2 / 3}
@@ -99,20 +108,25 @@ class _Reading:
     async def submission(self, legacy: bool) -> Submission:
         """What is asked for."""
         fields = self._fields
+        self._check_names(legacy)
         self._check_type()
         prompt = self._prompt(legacy)
         given: dict[str, Any] = {name: fields.either(name) for name in PLAIN}
         given |= {"prompt": prompt, "content_mode": self._content_mode(), "num_images": self._num_images()}
         given["compel_weights"] = given["compel_weights"] or None
+        if isinstance(given["guidance_interval"], list):
+            given["guidance_interval"] = tuple(given["guidance_interval"])  # which JSON has not
         wish = self._wish(prompt or "")
-        self._check_words(given["content_mode"])
+        await self._check_words(given["content_mode"])
         picture = PictureReading(fields, self._job_type, self._spec, wish)
         references, mode = picture.read(PRESETS[Mode.COPY].strength, PRESETS[Mode.MODIFY].strength)
         self._notes += picture.notes
         own = self._preset(mode, given, fields.text("negative_prompt"))
         given |= self._size(given)
-        given["negative_prompt"] = await self._negative(given, own, mode)
+        outside = await taker(self._edge, self._job_type, has_reference=bool(references))
+        given["negative_prompt"] = await self._negative(given, own, mode, outside)
         wording = self._wording(mode, wish, prompt)
+        self._check_writer(wording)
         return Submission(
             job_type=self._job_type.name,
             given=given,
@@ -128,6 +142,13 @@ class _Reading:
 
     def _note(self, field: str, given: float | int | str, used: float | int | str, reason: str) -> None:
         self._notes.append(Adjusted(field=field, given=given, used=used, reason=reason))
+
+    def _check_names(self, legacy: bool) -> None:
+        """Refuse what /v1 would honour and nothing here does. In the older dialect the metadata has the parameters."""
+        for place, prefix in ((self._fields.body, ""), (self._fields.metadata if legacy else {}, "metadata.")):
+            for name in sorted(ELSEWHERE & place.keys()):
+                if place[name] is not None:
+                    raise Problem(400, "unsupported", "is a field of /v1/jobs alone", field=f"{prefix}{name}")
 
     def _check_type(self) -> None:
         job_type, fields = self._job_type, self._fields
@@ -152,7 +173,7 @@ class _Reading:
     def _content_mode(self) -> str | None:
         modes = set()
         for place in (self._fields.body, self._fields.metadata):
-            for name in ("contentType", "content_type"):
+            for name in ("contentType", "content_type", "content_mode"):
                 value = place.get(name)
                 if value in ("sfw", "nsfw"):
                     modes.add(value)
@@ -175,7 +196,7 @@ class _Reading:
             self._note("num_images", asked, used, f"a job makes {counts}")
         return used
 
-    def _check_words(self, mode: str | None) -> None:
+    async def _check_words(self, mode: str | None) -> None:
         """Refuse what is never made in any text, whether the mode uses it or not. Raises `ContentRejected`."""
         fields = self._fields
         texts = (
@@ -183,8 +204,8 @@ class _Reading:
             fields.metadata.get("originalEnhancedPrompt"),
         )
         for words in texts:
-            if isinstance(words, str) and len(words) <= MAX_PROMPT_CHARACTERS:  # longer ones are refused for that
-                check_prompt(words, "nsfw" if mode == "nsfw" else "sfw")
+            if isinstance(words, str) and not is_too_long(words):  # longer ones are refused for that
+                check_signs(await signs_off_loop(words), "nsfw" if mode == "nsfw" else "sfw")
 
     def _wish(self, prompt: str) -> Wish:
         fields = self._fields
@@ -226,15 +247,30 @@ class _Reading:
             self._note("aspect_ratio", ratio, f"{width}x{height}", "the model has no size that is nearer")
         return {"width": width, "height": height}
 
-    async def _negative(self, given: Mapping[str, Any], own: str | None, mode: Mode) -> str | None:
-        """The operator's presets for the family, and the caller's own words."""
-        guidance, family = given["guidance_scale"], self._job_type.family
-        if isinstance(guidance, int | float) and guidance <= 1:
-            return own  # nothing would come of the presets, and the caller did not choose them
-        presets = negatives_of(await self._edge.prompts.negatives())
-        content: ContentMode = "nsfw" if given["content_mode"] == "nsfw" else "sfw"
-        kind: GenerationMode = "txt2img" if mode is Mode.TEXT else "i2i"
-        return negative_prompt(family, given["prompt"] or "", own or "", content, kind, presets)
+    async def _negative(
+        self, given: Mapping[str, Any], own: str | None, mode: Mode, outside: ApiModel | None
+    ) -> str | None:
+        """The operator's presets for whoever makes it, and the caller's own words."""
+        guidance = given["guidance_scale"]
+        if guidance is None:
+            guidance = self._defaults.guidance.of(self._job_type.quality)
+        if is_number(guidance) and not takes_rows(guidance, outside):
+            return own
+        asked = Asked(
+            prompt=given["prompt"] or "",
+            own=own or "",
+            content_mode="nsfw" if given["content_mode"] == "nsfw" else "sfw",
+            generation_mode="txt2img" if mode is Mode.TEXT else "i2i",
+            compel=self._uses_compel(given),
+        )
+        negative = await negative_of_job(self._edge, self._job_type, outside, asked)
+        self._notes += negative.notes(own or "")
+        return negative.text
+
+    def _uses_compel(self, given: Mapping[str, Any]) -> bool:
+        strategy = self._fields.text("enhancement_strategy")
+        by_strategy = STRATEGIES.get(strategy or "")
+        return by_strategy[1] if by_strategy else given["compel_enabled"] is True
 
     def _wording(self, mode: Mode, wish: Wish, prompt: str | None) -> Wording:
         fields = self._fields
@@ -252,6 +288,19 @@ class _Reading:
         if wanted:
             self._note("metadata.user_requested_enhancement", "true", "false", "an exact copy has no prompt")
         return Wording(template=COPIED)
+
+    def _check_writer(self, wording: Wording) -> None:
+        """Refuse a language model that is not here where a prompt is enhanced; where none is, tell that it is not used.
+        A prompt that was put together already is another system's work."""
+        name, given = "enhancement_model", self._fields.text("enhancement_model")
+        if self._is_worded or not given or given == "none" or is_ours(self._edge, given):
+            return
+        field = f"metadata.{name}" if self._fields.body.get(name) is None else name
+        by_strategy, _ = STRATEGIES.get(self._fields.text("enhancement_strategy") or "", (False, False))
+        always = self._job_type.enhanced and wording.enhance is None
+        if not wording.enhanced and (wording.enhance or by_strategy or always):
+            raise not_installed(field)
+        self._note(field, cleaned(field, given)[:100], "none", "no prompt is enhanced")
 
 
 def nearest_size(defaults: FamilyDefaults, ratio: float) -> tuple[int, int]:

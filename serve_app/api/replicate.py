@@ -19,7 +19,7 @@ from db.providers import REPLICATE, ApiModel, Providers
 from deployments.provider.api import VERSION
 from deployments.provider.inputs import task_of
 from deployments.storing import BUCKET
-from models.catalog import Format, JobType, resolve
+from models.catalog import Format, JobType, default_for, resolve
 from serve_app.admission import Submission
 from serve_app.api.auth import EdgeDep, User
 from serve_app.api.bodies import CARRIED, COUNT, TEXT, dialect, json_object, one_of
@@ -28,7 +28,10 @@ from serve_app.api.jobs import IdempotencyKey, owned
 from serve_app.api.problems import Problem
 from serve_app.api.queue_requests import RATIOS, nearest_size
 from serve_app.api.wire import Adjusted
+from serve_app.api.wire_requests import JobRequest
 from serve_app.edge import Edge
+from serve_app.modes import nearest_strength
+from serve_app.negatives import Asked, Negative, negative_of_job, takes_rows
 from serve_app.outside import stand_in
 from serve_app.references import AskedReference
 from serve_app.submission import submit
@@ -47,11 +50,25 @@ INPUT = {  # their names to ours
     "scheduler": "scheduler",
     "negative_prompt": "negative_prompt",
     "num_outputs": "num_images",
+    "num_images": "num_images",
 }
 PICTURE = ("image", "strength", "prompt_strength")
-READ = {"prompt", "apiModelId", "jobType", "job_type", "quality", "input", "metadata", "reference_image_url", "seed"}
+CONTENT_MODE, RATIO = ("contentType", "content_type", "content_mode"), ("aspectRatio", "aspect_ratio")
+READ = {
+    *("prompt", "apiModelId", "jobType", "job_type", "quality", "input", "metadata", "predictionId"),
+    *("reference_image_url", *INPUT, *PICTURE, *CONTENT_MODE, *RATIO),
+}
+# fields of /v1 that this function has never had: refused, so that nobody takes them for honoured
+ELSEWHERE = JobRequest.model_fields.keys() - READ - {"reference_strength"}
 IMAGE = one_of(
-    dialect("a job", ("prompt",), prompt=TEXT, apiModelId=TEXT, job_type=TEXT, quality=TEXT, input=CARRIED, seed=COUNT),
+    dialect(
+        "a job",
+        ("prompt",),
+        **dict.fromkeys(("prompt", "apiModelId", "job_type", "quality", "negative_prompt"), TEXT),
+        **dict.fromkeys(("seed", "steps"), COUNT),
+        contentType={"type": "string", "enum": ["sfw", "nsfw"]},
+        input=CARRIED,
+    ),
     dialect("a lookup", ("predictionId",), predictionId=TEXT),
 )
 STATES = {
@@ -117,30 +134,34 @@ async def _lookup(edge: Edge, user: Principal, name: Any) -> dict[str, Any]:
 
 
 async def _read(edge: Edge, body: Mapping[str, Any]) -> Submission:
-    metadata, given_input = (_object(body, name) for name in ("metadata", "input"))
+    metadata, given_input = _object(body, "metadata"), _object(body, "input")
     if unknown := sorted(set(given_input) - set(INPUT) - set(PICTURE)):
         field = f"input.{unknown[0]}"[:100] if unknown[0].isprintable() else "input"
         raise Problem(400, "unknown", "is no input of this function", field=field)
-    fields = Fields(body, metadata)
+    given_input = _with_top(given_input, body)
+    for name in sorted(ELSEWHERE & body.keys()):
+        if body[name] is not None and body[name] is not False:
+            raise Problem(400, "unsupported", "is a field of /v1/jobs alone", field=name)
+    fields, notes = Fields(body, metadata), list[Adjusted]()
     job_type = _job_type(fields)
-    reference = _reference(fields, given_input)
+    reference = _reference(fields, given_input, notes)
     model = await _model(edge, job_type, body.get("apiModelId"), reference is not None)
-    given: dict[str, Any] = {"prompt": fields.text("prompt"), "content_mode": _content_mode(metadata)}
+    given: dict[str, Any] = {"prompt": fields.text("prompt"), "content_mode": _content_mode(body, metadata)}
     for theirs, ours in INPUT.items():
         if given_input.get(theirs) is not None:
             if given.get(ours, given_input[theirs]) != given_input[theirs]:
                 raise Problem(400, "conflict", f"is given twice, as {theirs} too", field=f"input.{ours}")
             given[ours] = given_input[theirs]
-    if body.get("seed") is not None:
-        given.setdefault("seed", body["seed"])
     if model is not None:
         given["scheduler"] = _scheduler(model, given.get("scheduler"))
-    given |= await _size(edge, job_type, model, fields, given)
+        negative = await _negative(edge, job_type, model, given, has_reference=reference is not None)
+        notes += [] if negative is None else negative.notes(given.get("negative_prompt") or "")
+        given |= {} if negative is None else {"negative_prompt": negative.text or None}
+    given |= await _size(edge, job_type, model, fields, given, notes)
     named = fields.text("jobType", "job_type") or job_type.name
-    reason = "the job type that replicate-image makes of it"
-    notes = (
-        [Adjusted(field="jobType", given=named, used=job_type.name, reason=reason)] if named != job_type.name else []
-    )
+    if named != job_type.name:
+        reason = "the job type that replicate-image makes of it"
+        notes.append(Adjusted(field="jobType", given=named, used=job_type.name, reason=reason))
     return Submission(
         job_type=job_type.name,
         adjustments=notes,
@@ -150,6 +171,15 @@ async def _read(edge: Edge, body: Mapping[str, Any]) -> Submission:
         metadata={name: value for name, value in body.items() if name not in READ} | dict(metadata),
         provider_model=model,
     )
+
+
+def _with_top(given: dict[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
+    """The input with what stands at the top of the body instead. Raises `Problem` for what is in both and differs."""
+    top = {name: body[name] for name in (*INPUT, *PICTURE) if body.get(name) is not None}
+    for name, value in top.items():
+        if given.get(name) is not None and given[name] != value:
+            raise Problem(400, "conflict", f"is another one than input.{name}", field=name)
+    return given | top
 
 
 def _object(body: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -196,7 +226,25 @@ def _scheduler(model: ApiModel, name: Any) -> Any:
     return ours.get(name, name) if isinstance(name, str) else name
 
 
-def _reference(fields: Fields, given: Mapping[str, Any]) -> AskedReference | None:
+async def _negative(
+    edge: Edge, job_type: JobType, model: ApiModel, given: Mapping[str, Any], *, has_reference: bool
+) -> Negative | None:
+    """The operator's words for the provider's model, and the caller's. None where the caller's stay as they are."""
+    own, prompt, guidance = given.get("negative_prompt"), given.get("prompt"), given.get("guidance_scale")
+    if guidance is None:
+        guidance = default_for(job_type.family).guidance.of(job_type.quality)
+    if not isinstance(own, str | None) or not is_number(guidance) or not takes_rows(guidance, model):
+        return None
+    asked = Asked(
+        prompt=prompt or "",
+        own=own or "",
+        content_mode="nsfw" if given.get("content_mode") == "nsfw" else "sfw",
+        generation_mode="i2i" if has_reference else "txt2img",
+    )
+    return await negative_of_job(edge, job_type, model, asked)
+
+
+def _reference(fields: Fields, given: Mapping[str, Any], notes: list[Adjusted]) -> AskedReference | None:
     image = text("input.image", given.get("image")) or fields.inner_text("reference_image_url")
     method = fields.choice("consistency_method", METHODS, "metadata.consistency_method")
     if image is None or image == "":
@@ -204,8 +252,11 @@ def _reference(fields: Fields, given: Mapping[str, Any]) -> AskedReference | Non
             raise Problem(400, "missing", f"{method} needs a reference image", field="reference_image_url")
         if noise := next((name for name in PICTURE[1:] if given.get(name) is not None), None):
             raise Problem(400, "conflict", "needs a reference image", field=f"input.{noise}")
+        if (unused := fields.share("reference_strength")) is not None:
+            reason = "there is no reference image"
+            notes.append(Adjusted(field="reference_strength", given=unused, used="none", reason=reason))
         return None
-    kept = fields.share("reference_strength")
+    said, kept = "reference_strength", fields.share("reference_strength")
     for name in PICTURE[1:]:
         noise_share = given.get(name)
         if noise_share is None:
@@ -214,25 +265,49 @@ def _reference(fields: Fields, given: Mapping[str, Any]) -> AskedReference | Non
             raise Problem(400, "range", "must be between 0 and 1", field=f"input.{name}")
         if kept is not None and abs(kept - (1 - noise_share)) > 1e-6:
             raise Problem(400, "conflict", "must be 1 less the reference's strength", field=f"input.{name}")
-        kept = round(1 - noise_share, 6)
-    return AskedReference(image=image, strength=kept)
+        said, kept = f"input.{name}", round(1 - noise_share, 6)
+    if kept is None:
+        return AskedReference(image=image)
+    used, reason = nearest_strength(kept, starts=True)
+    if used != kept:
+        asked, got = (kept, used) if said == "reference_strength" else (round(1 - kept, 6), round(1 - used, 6))
+        notes.append(Adjusted(field=said, given=asked, used=got, reason=reason))
+    return AskedReference(image=image, strength=used)
 
 
-def _content_mode(metadata: Mapping[str, Any]) -> str | None:
-    mode = metadata.get("contentType")
-    if mode not in (None, "sfw", "nsfw"):
-        raise Problem(400, "choice", "must be sfw or nsfw", field="metadata.contentType")
-    return mode
+def _content_mode(body: Mapping[str, Any], metadata: Mapping[str, Any]) -> str | None:
+    """The content mode, wherever it stands. In the older dialect `content_type` is the format of the output."""
+    given = {
+        f"{prefix}{name}": place[name]
+        for prefix, place in (("", body), ("metadata.", metadata))
+        for name in CONTENT_MODE
+        if place.get(name) is not None and (name != "content_type" or place[name] != Format.IMAGE.value)
+    }
+    for field, mode in given.items():
+        if mode not in ("sfw", "nsfw"):
+            raise Problem(400, "choice", "must be sfw or nsfw", field=field)
+    if "nsfw" in given.values() and "sfw" in given.values():
+        raise Problem(400, "conflict", "is given as both sfw and nsfw", field=next(iter(given)))
+    return next(iter(given.values()), None)
 
 
 async def _size(
-    edge: Edge, job_type: JobType, model: ApiModel | None, fields: Fields, given: Mapping[str, Any]
+    edge: Edge,
+    job_type: JobType,
+    model: ApiModel | None,
+    fields: Fields,
+    given: Mapping[str, Any],
+    notes: list[Adjusted],
 ) -> dict[str, int]:
-    ratio = text("metadata.aspectRatio", fields.metadata.get("aspectRatio"))
-    if ratio is None or given.get("width") is not None or given.get("height") is not None:
+    ratio = text("metadata.aspectRatio", fields.either(*RATIO))
+    if ratio is None:
         return {}
     if ratio not in RATIOS:
         raise Problem(400, "choice", f"must be one of {', '.join(RATIOS)}", field="metadata.aspectRatio")
+    if given.get("width") is not None or given.get("height") is not None:
+        reason = "the width and height that are given go first"
+        notes.append(Adjusted(field="aspectRatio", given=ratio, used="none", reason=reason))
+        return {}
     spec = await stand_in(edge, job_type, model) or edge.settings.loaded_profile.models.get(job_type.family)
     if spec is None or spec.defaults is None:
         return {}  # the submission refuses the job type itself

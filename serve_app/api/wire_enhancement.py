@@ -12,10 +12,12 @@ from db.prompts import PresetChoice
 from models.catalog import JOB_TYPES, Family, Format, Quality, resolve
 from models.fields import cleaned
 from models.params import ContentMode, clean_prompt
-from models.policy import check_prompt
+from models.policy import check_signs
 from models.prompting.selection import ENHANCEMENT
+from serve_app.admission import signs_off_loop
 from serve_app.api.bodies import SWITCH, TEXT, dialect, one_of
 from serve_app.api.problems import Problem
+from serve_app.api.wire import Problem as ProblemDocument
 from serve_app.edge import Edge
 
 ANSWER_SECONDS = 60.0
@@ -46,7 +48,7 @@ MAX_UNUSED = 20
 _SHARED: dict[str, Any] = {
     "format": {"type": "string", "enum": ["image", "video"]},
     "quality": {"type": "string", "enum": ["fast", "high"]},
-    "model": {"type": "string", "enum": ["sdxl", "wan"]},
+    "model": {"type": "string", "enum": ["sdxl", "wan", "auto"]},
     "model_id": {"type": "string", "format": "uuid"},
     "contentType": {"type": "string", "enum": ["sfw", "nsfw", "scene_description"]},
     "contentRating": {"type": "string", "enum": ["sfw", "nsfw"]},
@@ -65,6 +67,8 @@ BODY = one_of(
     dialect("snake_case", ("original_prompt",), original_prompt=TEXT, job_type=TEXT, enhancement_model=TEXT, **_SHARED),
     dialect("camelCase", ("prompt",), prompt=TEXT, jobType=TEXT, selectedModel=TEXT, **_SHARED),
 )
+
+SCENE: dict[int | str, dict[str, Any]] = {501: {"model": ProblemDocument, "description": "A scene, which is no prompt"}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +108,7 @@ async def read_request(edge: Edge, user: Principal, body: Mapping[str, Any]) -> 
     base = _base(metadata)
     prompt = cleaned(field, text) if modify and base and isinstance(text, str) else clean_prompt(field, text)
     mode, use_case = _mode(edge, user, body)
-    check_prompt(f"{prompt}, {base}" if modify else prompt, mode)
+    check_signs(await signs_off_loop(f"{prompt}, {base}" if modify else prompt), mode)
     not_used = _not_used(body, metadata, modify)
     preset = await _preset(edge, body)
     family, format, quality, enhanced7b, job_type, model_key = await _target(edge, body, preset, not_used)
@@ -166,9 +170,11 @@ def _mode(edge: Edge, user: Principal, body: Mapping[str, Any]) -> tuple[Content
     use_case = ENHANCEMENT
     if kind == "scene_description":
         kind, use_case = None, "scene_description"
-    if kind in SCENES or kind not in (None, "", "sfw", "nsfw"):
+    if kind in SCENES:
         message = "only plain prompts are enhanced here; scenes need the chat routes"
         raise Problem(501, "not_implemented", message, field="contentType")
+    if kind not in (None, "", "sfw", "nsfw"):
+        raise Problem(400, "choice", "must be one of sfw, nsfw, scene_description", field="contentType")
     if rating not in (None, "", "sfw", "nsfw"):
         raise Problem(400, "choice", "must be one of sfw, nsfw", field="contentRating")
     if kind and rating and kind != rating:
@@ -212,15 +218,24 @@ def _why_not(edge: Edge, body: Mapping[str, Any], preset: PresetChoice | None) -
     if len(set(given.values())) > 1:
         raise Problem(400, "conflict", "is not the enhancement_model", field="selectedModel")
     for name, value in given.items():
-        spec = edge.settings.loaded_profile.models.get(Family.QWEN)
         if value == "none":
             return f"{name} is none"
-        if value not in (*LANGUAGE_MODELS, spec.model_name if spec else None):
-            message = f"prompts are enhanced by {LANGUAGE_MODELS[0]} here"
-            raise Problem(503, "model_not_installed", message, field=name)
+        if not is_ours(edge, value):
+            raise not_installed(name)
     if preset is not None and not preset.enable_qwen:
         return f"the preset {preset.preset_name} rewrites no prompts"
     return None
+
+
+def is_ours(edge: Edge, name: str) -> bool:
+    """Whether a language model is the one that enhances prompts here, by one of its names."""
+    spec = edge.settings.loaded_profile.models.get(Family.QWEN)
+    return name in (*LANGUAGE_MODELS, spec.model_name if spec else None)
+
+
+def not_installed(field: str) -> Problem:
+    """The refusal of a language model that is not here."""
+    return Problem(503, "model_not_installed", f"prompts are enhanced by {LANGUAGE_MODELS[0]} here", field=field)
 
 
 def _seed_of(prompt: str) -> int:
@@ -260,7 +275,8 @@ async def _target(
         focus = (preset.qwen_settings or {}).get("quality_focus")
         quality = Quality.HIGH if focus == "high" else quality
     quality = Quality(_choice(body, "quality", ("fast", "high")) or quality)
-    given = _choice(body, "model", ("sdxl", "wan"))
+    given = _choice(body, "model", ("sdxl", "wan", "auto"))
+    given = None if given == "auto" else given
     if model_family is not None and (modality != format.value or given not in (None, model_family.value)):
         raise Problem(400, "conflict", "is a model for something else", field="model_id")
     family = model_family or Family(given or family)

@@ -17,7 +17,7 @@ from models.catalog import Family
 from models.generation import GenerationError
 from models.lora.files import ProfileLoras
 from serve_app.cli.calls import AsJson, database, load_settings, run
-from serve_app.cli.terminal import FAILED, USAGE, Stop, say, show, show_json, show_table
+from serve_app.cli.terminal import FAILED, USAGE, Stop, clean, say, show, show_json, show_table
 
 SIZE_TOLERANCE = 0.05  # some write megabytes for mebibytes
 
@@ -49,7 +49,7 @@ def import_file(
             show_json({"imported": False, "faults": [vars(fault) for fault in error.bad]})
         else:
             for fault in error.bad:
-                show("\t".join((str(fault.line), fault.field, fault.message)))
+                show("\t".join((str(fault.line), clean(fault.field), clean(fault.message))))
         raise Stop(f"nothing was imported: {error} [{error.code}]", FAILED) from error
     if as_json:
         show_json({"imported": not dry_run} | asdict(done))

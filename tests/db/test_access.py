@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -10,6 +11,9 @@ import asyncpg
 import pytest
 
 from db.access import KEY_PREFIX, ROLES, Access, ApiKey
+from db.erasures import Erasures
+from db.migrate import migrate
+from tests.db.test_limits import before_audit
 
 
 @pytest.fixture
@@ -159,3 +163,55 @@ async def test_a_callback_secret_rotates_for_one_user(access: Access, database: 
     assert await access.callback_secret(bob) == (1, False)
     await database.pool.execute("UPDATE profiles SET callback_secret_rotated_at = now() - interval '25 hours'")
     assert await access.callback_secret(alice) == (2, False)
+
+
+# ----------------------------------------------------------------------------------------------------- tokens
+
+FORGE = "SELECT log_user_activity($1, 'user.erased', 'user', $2, '{\"asked_by\": \"admin\", \"open_jobs\": 0}')"
+
+
+@pytest.mark.parametrize("role", ["basic_user", "admin"])
+async def test_nobodys_word_in_the_log_locks_anybody_out(access: Access, database: Any, role: str) -> None:
+    forger, victim = await database.user("mallory", role), uuid4()
+    now = datetime.now(UTC)
+    async with database.pool.acquire() as connection, connection.transaction():
+        await connection.execute("SELECT set_config('request.jwt.claims', $1, true)", json.dumps({"sub": str(forger)}))
+        await connection.execute("SET LOCAL ROLE authenticated")
+        await connection.fetchval(FORGE, forger, str(victim))
+    assert await database.pool.fetchval("SELECT action FROM user_activity_log") == "client.user.erased"
+    holder = await access.token_holder(victim, now - timedelta(seconds=30), now + timedelta(hours=1))
+    assert holder is not None
+    assert await database.pool.fetchval("SELECT token_balance FROM profiles WHERE id = $1", victim) == 100
+
+
+async def test_a_token_of_before_an_erasure_opens_nothing(access: Access, database: Any) -> None:
+    user, erasures, now = await database.user(), Erasures(database.pool), datetime.now(UTC)
+    await erasures.request(user, "user", user)
+    while await erasures.delete_some(user):
+        pass
+    await database.pool.execute("DELETE FROM erasures")
+    assert await access.token_holder(user, now, now + timedelta(hours=1)) is None
+    later = datetime.now(UTC) + timedelta(seconds=5)
+    assert await access.token_holder(user, later, later + timedelta(hours=1)) is not None
+    assert await database.pool.fetchval("SELECT token_balance FROM profiles WHERE id = $1", user) == 0
+
+
+async def test_erasures_that_were_forged_before_are_told_apart(postgres_url: str) -> None:
+    async with before_audit(postgres_url) as connection:
+        for user, name in ((root := uuid4(), "root"), (mallory := uuid4(), "mallory"), (gone := uuid4(), "gone")):
+            await connection.execute("INSERT INTO profiles (id, username) VALUES ($1, $2)", user, name)
+        await connection.execute("INSERT INTO user_roles (user_id, role) VALUES ($1, 'admin')", root)
+        real = [(root, uuid4(), "admin"), (gone, gone, "user"), (None, uuid4(), "operator"), (None, uuid4(), "auth")]
+        forged = [(mallory, uuid4(), "admin"), (mallory, uuid4(), "user"), (None, uuid4(), None)]
+        for actor, victim, asked_by in real + forged:
+            await connection.execute(
+                """INSERT INTO user_activity_log (user_id, action, resource_type, resource_id, metadata)
+                   VALUES ($1, 'user.erased', 'user', $2, $3::jsonb)""",
+                actor,
+                str(victim),
+                json.dumps({} if asked_by is None else {"asked_by": asked_by}),
+            )
+        await migrate(connection)
+        rows = await connection.fetch("SELECT resource_id FROM user_activity_log WHERE action = 'user.erased'")
+        assert {row["resource_id"] for row in rows} == {str(victim) for _, victim, _ in real}
+        assert await connection.fetchval("SELECT count(*) FROM user_activity_log") == len(real + forged)

@@ -88,6 +88,26 @@ async def test_missing_blob_is_not_found(store: BlobStore) -> None:
             await call
 
 
+async def test_below_a_blob_there_is_no_blob(store: BlobStore) -> None:
+    await store.put(BUCKET, "u/a.png", b"1", "image/png")
+    for key in ("u/a.png/b.png", "u/a.png/b/c/d.png"):
+        for call in (store.get(BUCKET, key), store.head(BUCKET, key), whole(store.stream(BUCKET, key))):
+            with pytest.raises(BlobNotFound):
+                await call
+        with pytest.raises(BlobNotFound):
+            await store.copy(BUCKET, key, BUCKET, "u/c.png")
+        await store.delete(BUCKET, [key])
+    assert await keys(store) == ["u/a.png"]
+
+
+async def test_a_file_in_the_place_of_a_bucket_is_a_fault(tmp_path: Path) -> None:
+    store = BlobStore.from_url(f"file://{tmp_path}/blobs")
+    (tmp_path / "blobs" / BUCKET).write_text("")
+    for call in (store.get(BUCKET, "u/a.png"), store.head(BUCKET, "a.png"), store.delete(BUCKET, ["u/a.png"])):
+        with pytest.raises(StorageUnavailable):
+            await call
+
+
 async def test_delete_forgets_and_does_not_mind_the_missing(store: BlobStore) -> None:
     await store.put(BUCKET, "a/1.png", b"1", "image/png")
     await store.put(BUCKET, "a/2.png", b"2", "image/png")

@@ -13,8 +13,8 @@ from db.limits import LimitReached, SystemConfig
 from db.queue import Queue, Requeue, Settlement
 from tests.db.test_queue import expire, new_job
 
-FAULTS_OF_OURS = ("oom", "generation_failed", "worker_lost", "deadline_exceeded", "storage_unavailable", "internal")
-FAULTS_OF_THEIRS = ("invalid_input", "content_rejected")
+FAULTS_OF_OURS = ("oom", "generation_failed", "worker_lost", "storage_unavailable", "internal")
+FAULTS_OF_THEIRS = ("invalid_input", "content_rejected", "deadline_exceeded")  # of jobs that ran
 
 
 async def charge(database: Any, on: bool = True) -> None:
@@ -98,6 +98,22 @@ async def test_what_was_cancelled_is_given_back_unless_it_ran(database: Any) -> 
     await queue.settle([Settlement(job_id=running.id, attempt=attempt, status=Status.CANCELLED)])
     assert [await charges(database, job) for job in (waiting, running)] == [[7, -7], [3]]
     assert await balance(database, user) == 97
+
+
+@pytest.mark.parametrize("code", ["deadline_exceeded", "start_deadline_exceeded"])
+async def test_a_deadline_that_passed_in_the_queue_is_given_back(database: Any, code: str) -> None:
+    await charge(database)
+    user = await database.user()
+    never_ran, came_back = [new_job(user, credits=3) for _ in range(2)]
+    await Jobs(database.pool).accept(came_back)
+    queue = Queue(database.worker_pool)
+    (claim,) = await queue.claim("sdxl", uuid4(), 1)
+    await queue.requeue([Requeue(job_id=claim.job_id, attempt=claim.attempt, counts=True)])
+    await Jobs(database.pool).accept(never_ran)
+    ends = [Settlement(job_id=job.id, status=Status.FAILED, error_code=code) for job in (never_ran, came_back)]
+    assert len(await queue.settle(ends)) == 2
+    assert [await charges(database, job) for job in (never_ran, came_back)] == [[3, -3], [3, -3]]
+    assert await balance(database, user) == 100
 
 
 async def test_what_was_free_gives_nothing_back(database: Any) -> None:

@@ -2,17 +2,21 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
 
+from db import migrate as migrating
 from db.idempotency import canonical_body
 from db.jobs import Jobs, Status
 from db.limits import NAMES, LimitReached, SystemConfig
+from db.migrate import migrate, migrations
 from db.pool import open_pool
 from db.queue import Queue, Requeue, Settlement
+from tests.conftest import with_database
 from tests.db.test_queue import new_job
 
 OFF = dict.fromkeys(NAMES)
@@ -46,6 +50,25 @@ async def end(database: Any, slots: int = 1, **values: Any) -> None:
 
 async def open_count(database: Any, user: UUID) -> int:
     return int(await database.pool.fetchval("SELECT jobs FROM ourvidz.open_jobs WHERE user_id = $1", user))
+
+
+@asynccontextmanager
+async def before_audit(postgres_url: str) -> AsyncIterator[asyncpg.Connection]:
+    """A database as it was before whole numbers had no point, and users' words in the log no prefix."""
+    name = f"older_{uuid4().hex[:12]}"
+    server = await asyncpg.connect(with_database(postgres_url, "postgres"))
+    await server.execute(f'CREATE DATABASE "{name}"')
+    connection = await asyncpg.connect(with_database(postgres_url, name))
+    files = [file for file in migrations() if file.name < "0029_audit"]
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(migrating, "migrations", lambda: files)
+            await migrate(connection)
+        yield connection
+    finally:
+        await connection.close()
+        await server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+        await server.close()
 
 
 @pytest.fixture
@@ -195,6 +218,32 @@ async def test_hour_slides_and_tells_when_its_first_job_leaves_it(database: Any)
     assert (await refused(jobs, new_job(user))).code == "hourly_limit"
 
 
+@pytest.mark.parametrize(
+    ("setting", "code"),
+    [("maxJobsPerHour", "hourly_limit"), ("maxJobsPerUser", "user_limit"), ("maxConcurrentJobs", "concurrent_limit")],
+)
+@pytest.mark.parametrize("used", [0, 1])
+async def test_a_batch_that_no_waiting_helps_is_told_so(database: Any, setting: str, code: str, used: int) -> None:
+    user, jobs = await database.user(), Jobs(database.pool)
+    await jobs.accept_all([new_job(user) for _ in range(used)])
+    await limit(database, **{setting: 2})
+    error = await refused(jobs, *(new_job(user) for _ in range(3)))
+    assert (error.code, error.allowed, error.needed, error.retry_after) == (code, 2, 3, None)
+    assert "3 at once never fit" in error.message
+    await jobs.accept_together([new_job(user) for _ in range(2 - used)])
+    later = await refused(jobs, new_job(user))
+    assert (later.code, "never" in later.message) == (code, False)
+    assert (later.retry_after or 0) > 0
+
+
+async def test_jobs_that_come_in_one_statement_share_the_hour(database: Any) -> None:
+    await limit(database, maxJobsPerHour=3)
+    user, jobs = await database.user(), Jobs(database.pool)
+    with pytest.raises(LimitReached) as caught:
+        await jobs.accept_all([new_job(user) for _ in range(4)])
+    assert (caught.value.code, caught.value.retry_after) == ("hourly_limit", 3600), "when the first of them leaves it"
+
+
 async def test_hour_counts_jobs_that_were_erased(database: Any) -> None:
     await limit(database, maxJobsPerHour=1)
     user, jobs = await database.user(), Jobs(database.pool)
@@ -308,6 +357,7 @@ async def test_full_storage_refuses_jobs_until_there_is_room(database: Any) -> N
 
 async def test_the_row_can_hold_no_limit_that_is_none(database: Any) -> None:
     limits = [("maxJobsPerUser", "10"), ("maxJobsPerHour", 1.5), ("burst", 0), ("maxStoragePerUserGB", 0)]
+    limits += [(name, 20.0) for name in NAMES[:5]]  # which jsonb keeps with its point, and which is no int
     for config in [{name: value} for name, value in [*limits, ("maintenanceMode", 1)]] + [[]]:
         with pytest.raises(asyncpg.CheckViolationError):
             await database.pool.execute("UPDATE system_config SET config = $1", config)
@@ -328,3 +378,12 @@ async def test_changing_the_row_leaves_what_others_keep_there_and_one_line_in_th
         "burst": {"before": 3, "after": None},
         "maxJobsPerUser": {"before": None, "after": 5},
     }
+
+
+async def test_whole_numbers_that_were_stored_with_a_point_lose_it(postgres_url: str) -> None:
+    kept = '{"burst": 3, "maxStoragePerUserGB": 0.5, "maxJobsPerHour": null, "promptCache": {"a": 1.0}}'
+    async with before_audit(postgres_url) as connection:
+        await connection.execute("UPDATE system_config SET config = $1 || '{\"maxJobsPerUser\": 20.0}'::jsonb", kept)
+        await migrate(connection)
+        after = await connection.fetchval("SELECT config::text FROM system_config")
+        assert after == await connection.fetchval("SELECT ($1 || '{\"maxJobsPerUser\": 20}'::jsonb)::text", kept)

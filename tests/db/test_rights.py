@@ -79,23 +79,27 @@ async def world(shared_database: Any) -> World:
     return made
 
 
-async def attempt(world: World, table: Table, actor: str, action: str) -> bool:
-    """Whether the action had an effect. It is taken back."""
-    role = "anon" if actor == "anonymous" else "authenticated"
+async def act(connection: Any, world: World, table: Table, action: str) -> bool:
+    """Whether the action had an effect."""
     key = world.ids[table.name]
     where = f"WHERE {table.key} = $1"
+    if action == "i":
+        values = world.given(table.row)
+        return bool(await connection.execute(insertion(table, values), *values.values()) == "INSERT 0 1")
+    if action == "u":
+        change = f"UPDATE {table.name} SET {table.change} = '{table.to}' {where}"  # noqa: S608
+        return bool(await connection.execute(change, key) == "UPDATE 1")
+    if action == "d":
+        return bool(await connection.execute(f"DELETE FROM {table.name} {where}", key) == "DELETE 1")  # noqa: S608
+    return bool(await connection.fetch(f"SELECT {table.reads} FROM {table.name} {where}", key))  # noqa: S608
+
+
+async def attempt(world: World, table: Table, actor: str, action: str) -> bool:
+    """Whether the action has an effect for that actor. It is taken back."""
+    role = "anon" if actor == "anonymous" else "authenticated"
     async with acting(world.pool, role, world.people.get(actor)) as connection:
         try:
-            if action == "i":
-                values = world.given(table.row)
-                return bool(await connection.execute(insertion(table, values), *values.values()) == "INSERT 0 1")
-            if action == "u":
-                change = f"UPDATE {table.name} SET {table.change} = '{table.to}' {where}"  # noqa: S608
-                return bool(await connection.execute(change, key) == "UPDATE 1")
-            if action == "d":
-                return bool(await connection.execute(f"DELETE FROM {table.name} {where}", key) == "DELETE 1")  # noqa: S608
-            found = await connection.fetch(f"SELECT {table.reads} FROM {table.name} {where}", key)  # noqa: S608
-            return bool(found)
+            return await act(connection, world, table, action)
         except asyncpg.InsufficientPrivilegeError:
             return False
 
@@ -238,6 +242,39 @@ async def test_what_an_admin_changes_is_in_the_log_without_what_it_holds(world: 
     assert row["metadata"] == {"columns": ["system_prompt"]}
 
 
+WRITTEN = [table for table in TABLES if set(table.rights[ACTORS.index("admin")]) - {"s"}]
+
+
+@pytest.mark.parametrize("table", WRITTEN, ids=lambda table: table.name)
+async def test_an_admins_change_is_told_and_an_owners_own_is_not(world: World, table: Table) -> None:
+    name, key = table.name.removeprefix("ourvidz."), str(world.ids[table.name])
+    log = "SELECT user_id, action, resource_type, resource_id FROM user_activity_log"
+    for action, verb in (("i", "insert"), ("u", "update"), ("d", "delete")):
+        if action in table.rights[ACTORS.index("owner")]:
+            async with acting(world.pool, "authenticated", world.people["owner"]) as connection:
+                assert await act(connection, world, table, action)
+                assert await connection.fetch(log) == [], "nor what goes along with it"
+        if action in table.rights[ACTORS.index("admin")]:
+            async with acting(world.pool, "authenticated", world.people["admin"]) as connection:
+                assert await act(connection, world, table, action)
+                (row,) = [row for row in await connection.fetch(log) if row["action"] == f"{name}.{verb}"]
+            assert (row["user_id"], row["resource_type"]) == (world.people["admin"], name)
+            assert action == "i" or row["resource_id"] == key
+
+
+async def test_an_admins_own_is_the_admins(world: World) -> None:
+    admin = world.people["admin"]
+    async with acting(world.pool, "authenticated", admin) as connection:
+        add = "INSERT INTO characters (user_id, name, description) VALUES ($1, 'a', 'b') RETURNING id"
+        character = await connection.fetchval(add, admin)
+        scene = "INSERT INTO character_scenes (character_id, scene_prompt) VALUES ($1, 'a')"
+        await connection.execute(scene, character)
+        await connection.execute("DELETE FROM characters WHERE id = $1", character)
+        assert await connection.fetch("SELECT FROM user_activity_log") == []
+        await connection.fetchval(add, None)
+        assert await connection.fetchval("SELECT action FROM user_activity_log") == "characters.insert"
+
+
 async def test_seeding_is_nobodys_act(world: World) -> None:
     assert await world.pool.fetchval("SELECT count(*) FROM user_activity_log") == 0
 
@@ -250,6 +287,27 @@ async def test_one_logs_in_the_own_name_only(world: World) -> None:
             await connection.fetchval(log, world.people["other"])
     async with acting(world.pool, "authenticated", world.people["admin"]) as connection:
         assert await connection.fetchval(log, world.people["other"])
+
+
+async def test_what_a_client_logs_is_told_as_a_clients_word_and_is_bounded(world: World) -> None:
+    log = "SELECT log_user_activity($1, $2, $3, $4, $5, NULL, $6)"
+    most = ("a" * 100, "t" * 100, "r" * 200, {"text": "x" * 16370}, "u" * 1000)
+    for actor in ("owner", "admin"):
+        who = world.people[actor]
+        async with acting(world.pool, "authenticated", who) as connection:
+            for action in ("config.changed", "request.eraseUser", "client.looked"):
+                entry = await connection.fetchval(log, who, action, None, None, None, None)
+                stored = await connection.fetchval("SELECT action FROM user_activity_log WHERE id = $1", entry)
+                assert stored == f"client.{action}"
+            assert await connection.fetchval(log, who, *most)
+            too_much = ("a" * 101, "t" * 101, "r" * 201, {"text": "x" * 16400}, "u" * 1001)
+            for place, value in [*enumerate(too_much), (0, "")]:
+                with pytest.raises(asyncpg.CheckViolationError):
+                    async with connection.transaction():
+                        await connection.fetchval(log, who, *most[:place], value, *most[place + 1 :])
+    async with acting(world.pool, "authenticated") as connection:
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await connection.fetchval(log, None, *most)
 
 
 async def test_statistics_of_the_system_are_for_admins(world: World) -> None:

@@ -1,12 +1,14 @@
 """The registry of trainings: what an import changes, refuses and leaves, and what the audit finds."""
 
+import hashlib
 from decimal import Decimal
 from typing import Any
 from uuid import uuid4
 
 import pytest
 
-from db.training import BadRow, EpochResult, Imported, Numbered, RefusedRows, TrainingRun, Trainings
+from db.pool import as_user
+from db.training import MAX_DEPTH, BadRow, EpochResult, Imported, Numbered, RefusedRows, TrainingRun, Trainings
 
 SHA = "ab" * 32
 WHOLE: dict[str, Any] = {  # an epoch with which the audit is content
@@ -93,14 +95,37 @@ async def test_one_bad_row_keeps_all_of_them_out(database: Any, trainings: Train
 
 async def test_what_postgres_can_not_store_is_refused_with_its_line(database: Any, trainings: Trainings) -> None:
     with pytest.raises(RefusedRows) as refused:
-        await trainings.put(rows(RUN, WHOLE | {"quantitative_metrics": {"a": "\0"}}))
+        await trainings.put(rows(RUN, WHOLE | {"training_loss": "1e200000"}))
     assert [bad.line for bad in refused.value.bad] == [2]
     assert await count(database) == (0, 0)
+
+
+async def test_a_name_that_is_too_long_for_its_index_is_refused_with_its_line(
+    database: Any, trainings: Trainings
+) -> None:
+    long = "".join(hashlib.sha512(bytes([number])).hexdigest() for number in range(78))  # no run of it repeats
+    with pytest.raises(RefusedRows) as refused:
+        await trainings.put(rows(RUN, RUN | {"run_name": long}))
+    assert [bad.line for bad in refused.value.bad] == [2]
+    assert await count(database) == (0, 0)
+
+
+async def test_the_deepest_and_longest_that_a_row_takes_is_stored(database: Any, trainings: Trainings) -> None:
+    value: Any = 1
+    for _ in range(MAX_DEPTH - 1):
+        value = [value]
+    given = {"a": value, "b": 10**4000}
+    await trainings.put(rows(RUN, WHOLE | {"quantitative_metrics": given}))
+    assert await database.pool.fetchval("SELECT quantitative_metrics FROM lora.epoch_results") == given
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"quantitative_metrics": {"a": "\0"}}, "a: has a character that can't be stored"),
+        ({"quantitative_metrics": {"loss": float("nan")}}, "loss: NaN is no number"),
+        ({"quantitative_metrics": {"a": {"b": [float("-inf")]}}}, "a: b: 0: -Infinity is no number"),
+        ({"visual_quality_score": float("inf")}, "Infinity is no number"),
         ({"checkpoint_path": "/srv/ink.ckpt"}, "ends in .safetensors"),
         ({"checkpoint_path": "ink.safetensors"}, "begins with /"),
         ({"lora_name": "../ink"}, "pattern"),
@@ -150,6 +175,17 @@ async def codes(trainings: Trainings, *offered: str) -> set[tuple[str, str]]:
     return {(finding.check_code, finding.severity) for finding in await trainings.findings(offered)}
 
 
+async def use(database: Any, loras: list[dict[str, Any]] | None) -> None:
+    """A job that names these."""
+    await database.pool.execute(
+        """INSERT INTO jobs (id, user_id, job_type, format, quality, model_type, stage, original_prompt, params)
+           VALUES ($1, $2, 'sdxl_image_fast', 'image', 'fast', 'sdxl', 'generate', 'p', $3)""",
+        uuid4(),
+        await database.user(),
+        {"loras": loras},
+    )
+
+
 async def test_the_audit_is_content_with_a_whole_registry(trainings: Trainings) -> None:
     await trainings.put(rows(RUN, WHOLE))
     assert await trainings.findings(["ink"]) == []
@@ -193,6 +229,47 @@ async def test_the_papers_own_file_does_not_fit_its_rank(trainings: Trainings) -
     assert await trainings.findings() == []
 
 
+@pytest.mark.parametrize(
+    ("run", "epoch", "reason"),
+    [
+        ({"is_production": False}, {}, "its epoch is ready for production, its run is not in it"),
+        ({}, {"production_ready": False}, "its run is in production, its epoch is not ready for it"),
+        (
+            {"is_production": False},
+            {"production_ready": False},
+            "its epoch is not ready for production, and its run is not in it",
+        ),
+        ({}, {"lora_name": "oil"}, "no epoch has that name"),
+    ],
+)
+async def test_a_lora_is_logged_by_an_epoch_in_production_and_by_no_other(
+    database: Any, trainings: Trainings, run: dict[str, Any], epoch: dict[str, Any], reason: str
+) -> None:
+    await trainings.put(rows(RUN | run, WHOLE | epoch))
+    await use(database, [{"name": "ink"}])
+    where = (None, None) if "lora_name" in epoch else ("r", 8)
+    found = [
+        one for one in await trainings.findings(["ink"]) if one.lora_name == "ink" and "production_u" in one.check_code
+    ]
+    assert {(one.severity, one.run_name, one.epoch_number, one.detail) for one in found} == {
+        ("error", *where, f"the profile offers it; {reason}"),
+        ("error", *where, f"1 jobs of the last 30 days used it; {reason}"),
+    }
+    await trainings.put(rows(RUN, WHOLE | {"epoch_number": 9, "lora_name": "oak"}, WHOLE))
+    assert await trainings.findings(["ink", "oak"]) == []
+
+
+async def test_the_audit_is_read_by_whom_the_registry_is_open_to(database: Any, trainings: Trainings) -> None:
+    await trainings.put(rows(RUN | {"is_production": False}, WHOLE))
+    await use(database, [{"name": "ink"}])
+    seen = {}
+    for role in ("admin", "basic_user"):
+        async with as_user(database.pool, await database.user(role, role)) as connection:
+            seen[role] = [row["check_code"] for row in await connection.fetch("SELECT * FROM lora.audit_findings")]
+    assert sorted(seen["admin"]) == ["production_flags_disagree", "production_unlogged"]
+    assert seen["basic_user"] == []
+
+
 async def test_the_profiles_loras_are_to_be_logged(trainings: Trainings) -> None:
     await trainings.put(rows(RUN, WHOLE))
     (finding,) = await trainings.findings(["ink", "oil"])
@@ -202,13 +279,7 @@ async def test_the_profiles_loras_are_to_be_logged(trainings: Trainings) -> None
 async def test_a_lora_that_jobs_used_is_to_be_logged(database: Any, trainings: Trainings) -> None:
     await trainings.put(rows(RUN, WHOLE))
     for loras in ([{"name": "ink", "weight": 1}], [{"name": "oil"}, {"name": "ink"}], [], None):
-        await database.pool.execute(
-            """INSERT INTO jobs (id, user_id, job_type, format, quality, model_type, stage, original_prompt, params)
-               VALUES ($1, $2, 'sdxl_image_fast', 'image', 'fast', 'sdxl', 'generate', 'p', $3)""",
-            uuid4(),
-            await database.user(),
-            {"loras": loras},
-        )
+        await use(database, loras)
     (finding,) = await trainings.findings()
     assert (finding.check_code, finding.lora_name, finding.severity) == ("production_unlogged", "oil", "error")
     used = await database.pool.fetch("SELECT name, jobs FROM lora.used_loras ORDER BY name")

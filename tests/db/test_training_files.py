@@ -1,5 +1,6 @@
 """Files of trainings: rows that know their line, and every fault told with its line and field."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,85 @@ def test_faults_of_json_are_told_with_the_line_where_the_row_begins(tmp_path: Pa
 )
 def test_what_is_no_such_file_is_refused(tmp_path: Path, name: str, text: str, fault: tuple[int, str]) -> None:
     assert faults(tmp_path, name, text)[0] == fault
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+DIGITS = "9" * 5000
+
+
+def metrics(value: str) -> str:
+    return f'[{{"run_name": "a", "epoch_number": 0}},\n {{"run_name": "a", "epoch_number": 1, {value}}}]'
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (metrics(f'"quantitative_metrics": {DEEP}'), (2, "", "deeper than 64")),
+        (metrics(f'"quantitative_metrics": {{"a": {DIGITS}}}'), (2, "quantitative_metrics", "a: an integer of 5000")),
+        (metrics('"quantitative_metrics": {"loss": NaN}'), (2, "quantitative_metrics", "loss: NaN is no number")),
+        (metrics('"diagnosed_issues": [0, -Infinity]'), (2, "diagnosed_issues", "1: -Infinity is no number")),
+        (metrics('"quantitative_metrics": {"loss": 1e400}'), (2, "quantitative_metrics", "loss: 1e400 is beyond")),
+        (metrics('"quantitative_metrics": {"a": [-1.5e400]}'), (2, "quantitative_metrics", "a: 0: -1.5e400 is beyond")),
+        (metrics('"quantitative_metrics": {"a": 0.1e-400}'), (2, "quantitative_metrics", "a: 0.1e-400 is beyond")),
+        (metrics('"training_loss": 1e400'), (2, "training_loss", "1e400 is beyond")),
+        (metrics(f'"checkpoint_file_size_mb": {DIGITS}'), (2, "checkpoint_file_size_mb", "an integer of 5000")),
+        (metrics(f'"diagnosed_issues": {"[" * 65 + "]" * 65}'), (2, "diagnosed_issues", "deeper than 64")),
+        (metrics('"quantitative_metrics": {"a": "\\ud800"}'), (2, "quantitative_metrics", "can't be stored")),
+        (metrics('"quantitative_metrics": {"\\u0000": 1}'), (2, "quantitative_metrics", "can't be stored")),
+        (metrics('"notes": "\\udfff"'), (2, "notes", "can't be stored")),
+        (metrics('"notes": "a", "notes": "b"'), (2, "", "notes stands in it twice")),
+        (metrics(f'"{"x" * 500}": 1'), (2, "x" * 100, "not permitted")),
+        ("{[1]: []}", (1, "", "expected a name")),
+        ('{"training_runs": [],\n {}: []}', (2, "", "expected a name")),
+        ('{"\\ud800": []}', (1, "\\ud800", "is none of")),
+        (f'{{{DIGITS}: []}}', (1, "", "expected a name")),
+        (f'{{"training_runs": [],\n "epoch_results": {DIGITS}}}', (2, "", "expected '['")),
+        (f"[{DIGITS}]", (1, "", "an integer of 5000")),
+        (DEEP, (1, "", "deeper than 64")),
+    ],
+    ids=range(22),
+)  # fmt: skip
+def test_what_json_can_not_be_kept_is_refused_by_name(tmp_path: Path, text: str, fault: tuple[int, str, str]) -> None:
+    assert faults(tmp_path, "a.json", text) == [fault[:2]]
+    with pytest.raises(RefusedRows) as refused:
+        read_rows(tmp_path / "a.json")
+    assert fault[2] in refused.value.bad[0].message
+    assert len(refused.value.bad[0].message) < 200
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (DEEP, "deeper than 64"),
+        (f'{{""a"": {DEEP}}}', "deeper than 64"),
+        (DIGITS, "an integer of 5000 digits"),
+        (f'{{""loss"": {DIGITS}}}', "loss: an integer of 5000 digits"),
+        ('{""loss"": NaN}', "loss: NaN is no number"),
+        ('{""loss"": 1e400}', "loss: 1e400 is beyond"),
+        ('{""a"": 1, ""a"": 2}', "a stands in it twice"),
+    ],
+    ids=range(7),
+)
+def test_a_cell_that_can_not_be_kept_is_refused_by_name(tmp_path: Path, cell: str, message: str) -> None:
+    text = f'run_name,epoch_number,quantitative_metrics\na,1,\na,2,"{cell}"\n'
+    if len(cell) > csv.field_size_limit():
+        assert faults(tmp_path, "a.csv", text) == [(3, "")]
+        return
+    assert faults(tmp_path, "a.csv", text) == [(3, "quantitative_metrics")]
+    with pytest.raises(RefusedRows) as refused:
+        read_rows(tmp_path / "a.csv")
+    assert message in refused.value.bad[0].message
+
+
+def test_numbers_of_every_kept_size_are_kept(tmp_path: Path) -> None:
+    text = metrics(
+        f'"quantitative_metrics": {{"a": 1e308, "b": 0.0e-400, "c": {"9" * 4000}, "d": {"[" * 63 + "]" * 63}}}'
+    )
+    row = read_rows(written(tmp_path, "a.json", text))[1].row
+    assert isinstance(row, EpochResult)
+    assert row.quantitative_metrics is not None
+    assert (row.quantitative_metrics["a"], row.quantitative_metrics["b"]) == (1e308, 0)
+    assert row.quantitative_metrics["c"] == 10**4000 - 1
 
 
 def test_a_file_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from db.queue import Queue, Requeue, Settlement
 from deployments.endings import Endings, Outcome
 from deployments.held import Held, StopReason
 from models.engine import GenerationError, GenerationFailed, InvalidInput
+from models.lora.files import LoraNoRoom
 from tests.db.test_queue import asset
 from tests.deployments.conftest import Desk, Road
 
@@ -283,3 +284,14 @@ async def test_failed_counts_up_to_the_budget(desk: Desk, endings: Endings) -> N
         (claim,) = await desk.queue.claim("sdxl", desk.worker, 1)
         outcomes.append(await endings.failed(Held(claim), BROKE))
     assert outcomes == ["requeued", "requeued", "failed"]
+
+
+# --------------------------------------------------------------------------------------------------- LoRAs in use
+
+
+async def test_a_job_whose_loras_find_no_room_comes_again_and_counts_nothing(desk: Desk) -> None:
+    held = await desk.hold(max_attempts=1)
+    endings = Endings(desk.queue, Jobs(desk.database.worker_pool), desk.worker, 30)
+    assert await endings.failed(held, LoraNoRoom("those in use leave no room")) is Outcome.REQUEUED
+    row = await desk.database.pool.fetchrow("SELECT state::text, failures, run_at > now() AS later FROM job_queue")
+    assert tuple(row) == ("scheduled", 0, True)

@@ -10,12 +10,14 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from db.costs import CostProfiles
 from db.prompts import Prompts
 from db.queue import Queue
 from deployments.enhancer import Enhancer, EnhanceRequest
 from deployments.metrics import Metrics
 from deployments.prompting import negative_rows, template_rows
 from deployments.settings import Settings
+from models.denoising.costs import Costs, Shape
 from models.generation import InvalidInput, ModelLoadFailed
 from models.policy import ContentRejected
 from models.qwen import Qwen
@@ -207,7 +209,7 @@ async def test_a_job_without_a_template_goes_on_with_its_own_words(desk: Desk, s
     assert (row["stage"], row["enhancement_strategy"]) == ("generate", "none")
 
 
-async def test_a_job_with_weights_may_fill_more_windows_and_is_judged_with_their_terms(
+async def test_a_job_with_weights_may_fill_more_windows_and_is_judged_with_terms_and_references(
     desk: Desk, settings: Settings
 ) -> None:
     await desk.database.pool.execute("UPDATE prompt_templates SET token_limit = 200 WHERE template_name = 'SDXL_FAST'")
@@ -221,11 +223,14 @@ async def test_a_job_with_weights_may_fill_more_windows_and_is_judged_with_their
             original_prompt="a toddler",
             params=weighted | {"compel_weights": {"terms": [{"term": "nude", "weight": 1.2}]}},
         )
-        await desk.until("SELECT status = 'failed' FROM jobs WHERE id = $1", refused)
+        reference = {"bucket": "reference_images", "key": "a/b.png", "signs": {"minors": 2, "sexual": 0}}
+        shown = await accept(desk, original_prompt="nude", params=weighted | {"references": [reference]})
+        for job_id in (refused, shown):
+            await desk.until("SELECT status = 'failed' FROM jobs WHERE id = $1", job_id)
     assert (wide["enhancement"]["token_limit"], wide["enhancement"]["compression_applied"]) == (200, False)
     assert (narrow["enhancement"]["token_limit"], narrow["enhancement"]["compression_applied"]) == (75, True)
     assert wide["enhancement_strategy"] == "compel"
-    assert await desk.status(refused) == ("failed", "content_rejected")
+    assert await desk.status(refused) == await desk.status(shown) == ("failed", "content_rejected")
 
 
 async def test_a_prompt_whose_reader_can_not_be_read_stays_as_it_is(
@@ -352,3 +357,17 @@ async def test_a_stopped_enhancer_takes_no_more(desk: Desk, settings: Settings) 
     job_id = await accept(desk)
     assert await desk.queued(job_id) == ("ready", 0)
     assert (await desk.database.pool.fetchrow("SELECT state FROM workers"))["state"] == "stopped"
+
+
+async def test_the_next_stage_is_costed_by_the_measured_profile(desk: Desk, settings: Settings) -> None:
+    measured = Costs()
+    measured.measure(Shape(64, 64, 1), float, budget_seconds=1000)  # a second for each row
+    await CostProfiles(desk.database.pool).publish("sdxl", "tiny-sdxl", measured.document())
+    size: dict[str, Any] = {"width": 64, "height": 64, "frames": 1, "num_images": 1}
+    params = {"prompt": PROMPT, "seed": 7, "guidance_scale": 5.0, "scheduler": "heun", **size}
+    async with serving(settings):
+        for steps in (3, 20):
+            job_id = await accept(desk, params=params | {"steps": steps})
+            await moved(desk, job_id)
+            cost = await desk.database.pool.fetchval("SELECT cost FROM job_queue WHERE job_id = $1", job_id)
+            assert cost == pytest.approx(2 * (2 * steps - 1))

@@ -85,6 +85,15 @@ def test_host_that_is_none_is_refused(shared_profile: Path, tmp_path: Path, chan
         load_profile(path)
 
 
+def test_host_with_another_attention_kernel_is_refused(shared_profile: Path, tmp_path: Path) -> None:
+    document = yaml.safe_load(shared_profile.read_text(encoding="utf-8"))
+    document["models"]["wan"]["attention"] = "flash"
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    with pytest.raises(ValueError, match="attention kernels"):
+        load_profile(path)
+
+
 async def test_background_video_gives_way_to_a_picture(desk: Desk, settings: Settings) -> None:
     """Between two steps: while the picture is made, the video does not get on."""
     async with hosting(settings):

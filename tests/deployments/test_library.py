@@ -124,10 +124,14 @@ async def test_clearing_is_saving_and_then_the_workspace_is_empty(shelf: Shelf) 
 async def test_an_asset_whose_library_file_was_lost_is_copied_anew_before_it_is_cleared(shelf: Shelf) -> None:
     made = await shelf.result()
     saved = await shelf.library.save(shelf.user, made.assets[0])
-    await shelf.blobs.delete(LIBRARY_BUCKET, [(await shelf.item(saved.item_id)).key])
+    lost = (await shelf.item(saved.item_id)).key
+    of = await a_character(shelf, f"{LIBRARY_BUCKET}/{lost}")
+    await shelf.blobs.delete(LIBRARY_BUCKET, [lost])
     assert (await shelf.library.clear(shelf.user, made.assets[0])).item_id == saved.item_id
     assert await shelf.readable(made.assets[0]) == [DATA]
     assert await shelf.rows.asset(made.assets[0]) is None
+    again = (await shelf.item(saved.item_id)).key
+    assert (again != lost, await shown(shelf, of)) == (True, (f"{LIBRARY_BUCKET}/{again}", None, None))
 
 
 async def test_an_item_that_is_removed_meanwhile_keeps_the_workspaces_copy(shelf: Shelf) -> None:
@@ -291,11 +295,67 @@ async def test_removing_an_item_spares_a_file_that_another_row_speaks_of(shelf: 
         )
         for _ in range(2)
     ]
+    of = await a_character(shelf, f"{LIBRARY_BUCKET}/{key}")
     assert await shelf.library.remove(shelf.user, ids[0])
-    assert await shelf.files(LIBRARY_BUCKET) == {key}
+    assert (await shelf.files(LIBRARY_BUCKET), (await shown(shelf, of))[0]) == ({key}, f"{LIBRARY_BUCKET}/{key}")
     assert await shelf.library.remove(shelf.user, ids[1])
-    assert await shelf.files(LIBRARY_BUCKET) == set()
+    assert (await shelf.files(LIBRARY_BUCKET), (await shown(shelf, of))[0]) == (set(), None)
     assert not await shelf.library.remove(shelf.user, ids[1])
+
+
+async def a_character(shelf: Shelf, *shows: str | None) -> UUID:
+    """One of the installation's own, with a picture, a reference and a preview."""
+    made: UUID = await shelf.pool.fetchval(
+        """INSERT INTO characters (name, description, image_url, reference_image_url, preview_image_url)
+           VALUES ('Ada', 'd', $1, $2, $3) RETURNING id""",
+        *(*shows, None, None, None)[:3],
+    )
+    return made
+
+
+async def shown(shelf: Shelf, character: UUID) -> tuple[str | None, ...]:
+    statement = "SELECT image_url, reference_image_url, preview_image_url FROM characters WHERE id = $1"
+    return tuple(await shelf.pool.fetchrow(statement, character))
+
+
+async def test_nothing_shows_an_item_that_was_removed(shelf: Shelf) -> None:
+    made = await shelf.result(2)
+    gone, kept = [await shelf.item((await shelf.library.save(shelf.user, one)).item_id) for one in made.assets]
+    lost, small, path = (f"{LIBRARY_BUCKET}/{key}" for key in (gone.key, gone.thumbnail_key, kept.key))
+    everywhere, beside = await a_character(shelf, lost, lost, small), await a_character(shelf, path, lost, path)
+    talks, scenes = {}, {}
+    for one, other in ((lost, path), (path, lost)):
+        talk = "INSERT INTO conversations (user_id, last_scene_image) VALUES ($1, $2) RETURNING id"
+        talks[await shelf.pool.fetchval(talk, shelf.user, one)] = None if one == lost else one
+        scene = """INSERT INTO character_scenes (character_id, scene_prompt, image_url, previous_scene_image_url)
+                   VALUES ($1, 's', $2, $3) RETURNING id"""
+        scenes[await shelf.pool.fetchval(scene, beside, one, other)] = (one, other) if one == path else (None, other)
+    assert not await shelf.library.remove(uuid4(), gone.id)
+    assert await shown(shelf, everywhere) == (lost, lost, small)
+    assert await shelf.library.remove(shelf.user, gone.id)
+    assert (await shown(shelf, everywhere), await shown(shelf, beside)) == ((None, None, None), (path, None, path))
+    assert dict(await shelf.pool.fetch("SELECT id, last_scene_image FROM conversations")) == talks
+    rows = await shelf.pool.fetch("SELECT id, image_url, previous_scene_image_url FROM character_scenes")
+    now = {row["id"]: (row["image_url"], row["previous_scene_image_url"]) for row in rows}
+    assert now == {id_: (one, None if other == lost else other) for id_, (one, other) in scenes.items()}
+
+
+async def test_an_item_that_is_placed_while_it_is_removed_is_shown_nowhere(shelf: Shelf) -> None:
+    made = await shelf.result()
+    item = await shelf.item((await shelf.library.save(shelf.user, made.assets[0])).item_id)
+    of = await a_character(shelf)
+    async with shelf.pool.acquire() as connection, asyncio.timeout(30):
+        async with connection.transaction():
+            await connection.execute("UPDATE user_library SET tags = '{portrait}' WHERE id = $1", item.id)
+            removal = asyncio.create_task(shelf.library.remove(shelf.user, item.id))
+            waits = """SELECT EXISTS (SELECT FROM pg_stat_activity
+                       WHERE wait_event_type = 'Lock' AND datname = current_database())"""
+            while not await shelf.pool.fetchval(waits):  # noqa: ASYNC110 - the server tells nobody
+                await asyncio.sleep(0)
+            picture = f"{LIBRARY_BUCKET}/{item.key}"
+            await connection.execute("UPDATE characters SET image_url = $2 WHERE id = $1", of, picture)
+        assert await removal
+    assert await shown(shelf, of) == (None, None, None)
 
 
 async def test_an_item_of_an_unknown_asset_is_not_found(shelf: Shelf) -> None:

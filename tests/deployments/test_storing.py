@@ -54,11 +54,14 @@ def video() -> Generation:
 async def test_discard_deletes_the_files_of_its_attempt_and_no_other() -> None:
     blobs = BlobStore.from_url("memory://")
     storing = Storing(blobs, UrlSigner(b"s" * 32, "http://127.0.0.1"), 60)
-    job = {"id": str(uuid4()), "user_id": str(uuid4())}
+    told = origin(original_prompt="a child at the beach")
+    job = {"id": str(uuid4()), "user_id": str(uuid4()), "params": told.params.model_dump(mode="json")}
+    job |= {"original_prompt": told.original_prompt, "enhanced_prompt": told.enhanced_prompt}
     claims = [Claim(job, attempt, failures=0, max_attempts=3) for attempt in (1, 2, 10)]
-    files = encode(pictures(), origin(), Marking())
+    files = encode(pictures(), told, Marking())
     for claim in claims:
-        await storing.put(claim, files, {}, "tiny", lambda: None)
+        assets = await storing.put(claim, files, {"steps": 4}, "tiny", lambda: None)
+        assert [asset.settings for asset in assets] == [{"steps": 4, "content_signs": {"minors": 2, "sexual": 0}}] * 2
 
     await storing.discard(claims[0])
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from models.generation import Cancelled
 from models.lora.adapters import Adapters
 from models.lora.files import LoraInvalid, LoraNoRoom, ProfileLoras
 from models.lora.loras import LoraSource, LoraUse
@@ -217,6 +218,14 @@ def test_text_encoders_run_with_the_loras_of_the_request_only(
         assert torch.equal(encode(pipeline), base)
     assert torch.equal(changed, encode(stock_with(tiny_sdxl, files, {"words": 0.8, "ink": 1.0})))
     assert difference(changed, base) > 0.01
+
+
+def test_text_is_not_encoded_without_a_lora_that_has_gone_meanwhile(adapters: Adapters) -> None:
+    lease = adapters.acquire(uses("ink"))
+    lease.release()  # a cancel, while the text waits for its turn
+    adapters.clear()
+    with pytest.raises(Cancelled), adapters.encoding(lease.adapters):
+        pytest.fail("this would be kept as the text with the LoRA")
 
 
 def test_whole_pictures_equal_those_of_the_stock_pipeline(

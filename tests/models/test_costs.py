@@ -1,16 +1,19 @@
 """What follows from measured forwards."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from models.denoising.costs import RAISE_AFTER, Costs, Shape, rows_of, shape_of
-from models.denoising.measuring import identity_of, measured
-from models.engine import Control
+from models.denoising.costs import RAISE_AFTER, Costs, Shape, rows_of, shape_of, steps_of
+from models.denoising.measuring import measured
+from models.engine import Control, GenerationRequest
 from models.params import GenerationParams
 from models.sdxl import SDXL
 from models.wan import WAN
 
+Make = Callable[..., GenerationRequest]
 SMALL, LARGE = Shape(64, 64, 1), Shape(128, 128, 1)
 
 
@@ -107,6 +110,86 @@ def test_job_takes_its_steps_and_its_decoding() -> None:
     assert costs.job_seconds(params(num_images=2, steps=3)) == pytest.approx(3 * 2.0 + 8)
 
 
+def test_job_is_predicted_by_the_forwards_that_it_makes() -> None:
+    costs = profile({1: 1.0, 2: 1.5, 4: 3.0})
+    started = {"bucket": "b", "key": "k", "strength": 0.8}
+    for changes, seconds in (
+        ({"scheduler": "heun"}, 19 * 1.5),
+        ({"references": [started]}, 2 * 1.5),
+        ({"references": [started], "scheduler": "heun"}, 3 * 1.5),
+        ({"references": [started | {"kind": "style"}]}, 10 * 1.5),
+        ({"guidance_interval": (0.4, 0.6)}, 2 * 1.5 + 8 * 1.0),
+        ({"guidance_interval": (0.4, 0.6), "guidance_scale": 1.0}, 10 * 1.0),
+    ):
+        assert costs.job_seconds(params(**changes)) == pytest.approx(seconds), changes
+    costs.branches_apart = True  # two forwards of one row
+    assert costs.job_seconds(params()) == pytest.approx(10 * 2.0)
+    costs.guidance_interval = (0.0, 0.5)  # as the profile says
+    assert costs.job_seconds(params()) == pytest.approx(5 * 2.0 + 5 * 1.0)
+    assert costs.job_seconds(params(guidance_interval=(0.0, 0.1))) == pytest.approx(2.0 + 9 * 1.0)
+
+
+class Counting(Control):
+    """Keeps what was run, and the steps that were said to be made."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.of = 0
+
+    def step(self, done: int, of: int) -> None:
+        self.of = of
+
+    def forward(self, call: Any) -> Any:
+        self.rows.append(call.rows)
+        return super().forward(call)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 4, "scheduler": "heun"},
+        {"steps": 5, "reference": {"bucket": "b", "key": "k", "strength": 0.5}},
+        {"steps": 5, "scheduler": "heun", "reference": {"bucket": "b", "key": "k", "strength": 0.3}},
+        {"steps": 5, "scheduler": "heun", "guidance_interval": (0.25, 0.75)},
+    ],
+)
+def test_forwards_are_those_of_the_real_pipelines(
+    sdxl: SDXL, image_request: Make, picture: bytes, changes: dict[str, Any]
+) -> None:
+    request = image_request(picture, **changes) if "reference" in changes else image_request(**changes)
+    control = Counting()
+    sdxl.generate(request, control)
+    assert (len(control.rows), control.of) == (steps_of(request.params),) * 2
+    costs = Costs()  # by which a forward takes as many seconds as it has rows
+    costs.measure(SMALL, float, budget_seconds=1000)
+    assert costs.job_seconds(request.params) == pytest.approx(sum(control.rows))
+
+
+def test_forwards_are_those_of_the_real_video_pipeline(wan: WAN, video_request: Make) -> None:
+    control, request = Counting(), video_request(steps=4, guidance_interval=(0.0, 0.5))
+    wan.generate(request, control)
+    costs = measured(wan, None)
+    assert (costs.branches_apart, len(control.rows)) == (True, 6)
+    shape = shape_of(request.params)
+    costs.decoding, costs.seen = None, {shape: {1: 1.0, 2: 1.0}}
+    assert costs.job_seconds(request.params) == pytest.approx(6.0)
+
+
+def test_want_of_memory_while_measuring_keeps_what_was_measured_before() -> None:
+    def forward(rows: int) -> float:
+        if rows > 4:
+            raise MemoryError
+        return 1.0
+
+    costs = Costs()
+    with pytest.raises(MemoryError):
+        costs.measure(SMALL, forward, budget_seconds=1000)
+    assert costs.measured == costs.seen == {SMALL: {1: 1.0, 2: 1.0, 4: 1.0}}
+    assert costs.cap(SMALL) == 4
+    costs.observe(SMALL, 1, 0.1)
+    assert costs.measured[SMALL][1] == 1.0
+
+
 def test_room_bounds_the_cap_and_what_is_tried() -> None:
     costs = profile({1: 1.0, 2: 1.1, 4: 1.3, 8: 1.6, 16: 3.1})
     costs.bytes_per_row_pixel = 10.0
@@ -123,11 +206,13 @@ def test_profile_is_read_by_the_same_model_and_nobody_else(tmp_path: Path) -> No
     costs = profile({1: 1.0, 2: 2.0})
     costs.decoded(SMALL, 1, 4.0)
     costs.bytes_per_row_pixel = 12.5
+    costs.guidance_interval, costs.branches_apart = (0.2, 0.8), True
     path = tmp_path / "deep" / "profile.json"
     costs.save(path, {"device": "a"})
     read = Costs.read(path, {"device": "a"})
     assert read is not None
     assert (read.measured, read.bytes_per_row_pixel) == (costs.measured, 12.5)
+    assert (read.guidance_interval, read.branches_apart) == ((0.2, 0.8), True)
     assert read.job_seconds(params()) == costs.job_seconds(params())
     assert Costs.read(path, {"device": "b"}) is None
     empty = '{"format": 1, "identity": {"device": "a"}, "measured": [[64, 64, 1, %s]], "seconds_per_pixel": null}'
@@ -135,17 +220,6 @@ def test_profile_is_read_by_the_same_model_and_nobody_else(tmp_path: Path) -> No
     for text in ("", "[]", "{}", '{"format": 1, "identity": {"device": "a"}}', *wrong):
         path.write_text(text)
         assert Costs.read(path, {"device": "a"}) is None
-
-
-def test_real_models_are_measured_once(sdxl: SDXL, wan: WAN, tmp_path: Path) -> None:
-    for model in (sdxl, wan):
-        costs = measured(model, tmp_path)
-        shape = shape_of(model.sample_request().params)
-        assert all(seconds > 0 for seconds in costs.measured[shape].values())
-        assert costs.decoding is not None
-        assert costs.decoding.seconds_per_pixel > 0
-        assert measured(model, tmp_path).measured == costs.measured  # to the last digit: it was read
-        assert identity_of(model)["model"] == model.model_name
 
 
 def test_sample_request_runs(sdxl: SDXL, wan: WAN) -> None:

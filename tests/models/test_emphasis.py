@@ -94,12 +94,28 @@ def test_only_what_was_given_is_kept() -> None:
         ("a cat in fog", "(fog:1.2), (rain:0.9)", "a cat in (fog)1.2, (rain)0.9"),
         ("a cat, sharp focus", "(focus:1.2)", "a cat, sharp (focus)1.2"),
         ("", "(fog:1.2)", "(fog)1.2"),
+        ("portrait/cinematic", {"style": 1.9}, "portrait/ (cinematic)1.9"),
+        ("4k/8k/hdr", {"quality": 1.2}, "(4k)1.2 / (8k)1.2 / (hdr)1.2"),
+        ("[masterpiece]", {"quality": 1.2}, "[ (masterpiece)1.2 ]"),
+        ("a+cinematic", {"style": 1.9}, "a+cinematic"),
+        ("(dog)1.2 1", "(1:1.1)", "(dog)1.2 (1)1.1"),
+        ("dog - cat", "(dog - cat:0.5)", "(dog -cat)0.5"),
     ],
 )
 def test_weights_are_put_on_the_words_of_their_group(prompt: str, weights: Any, text: str) -> None:
     written = emphasise(prompt, given(weights)).text
     assert written == text
     check_parsable(written)
+
+
+@pytest.mark.parametrize("mark", [*"/;—.:#|[{'&*~!?=", "\u00a0", "，", " - "])
+def test_each_weight_that_is_told_is_one_that_compel_reads(mark: str) -> None:
+    from compel import Compel
+
+    emphasised = emphasise(f"portrait{mark}cinematic{mark}noir{mark}film", given({"style": 1.9}))
+    fragments = Compel.parse_prompt_string(emphasised.text).prompts[0].children
+    assert [fragment.text for fragment in fragments if fragment.weight == 1.9] == ["cinematic", "noir"]
+    assert emphasised.applied == {"style": {"places": 2, "added": 0, "weight": 1.9}}
 
 
 def test_a_callers_own_term_goes_before_a_group() -> None:

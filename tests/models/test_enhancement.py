@@ -6,7 +6,7 @@ import pytest
 
 from models.catalog import Family
 from models.generation import Cancelled
-from models.policy import ContentRejected
+from models.policy import ContentRejected, signs_in
 from models.profile import ModelSpec
 from models.prompting.enhancement import Enhancement, Tier, enhance, strategy_of, usable_answer
 from models.prompting.prompts import Template, TokenCounter, builtin_templates
@@ -309,6 +309,18 @@ def test_usable_answer_is_judged_with_what_stands_beside_it(template: Template, 
     assert usable_answer(wrote(answer), PROMPT, template, clip, "sfw") == (answer, False, None)
     beside = usable_answer(wrote(answer), PROMPT, template, clip, "sfw", beside="nude")
     assert beside == ("", False, "content_rejected")
+
+
+def test_enhance_judges_prompt_and_answer_with_the_signs_of_the_references(
+    template: Template, clip: TokenCounter
+) -> None:
+    child = signs_in("a ten year old child")
+    with pytest.raises(ContentRejected) as refused:
+        enhance("in lingerie, seductive", template, None, clip, "sfw", 1, signs=child)
+    assert refused.value.code == "content_minors"
+    answer = "a red fox in lingerie on a mossy log, forest"
+    assert usable_answer(wrote(answer), PROMPT, template, clip, "sfw") == (answer, False, None)
+    assert usable_answer(wrote(answer), PROMPT, template, clip, "sfw", signs=child) == ("", False, "content_rejected")
 
 
 def test_strategy_is_what_was_done_by_model_and_by_compel() -> None:

@@ -1,11 +1,12 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from models.origin.fingerprint import CONFIGURATION, Hashes, checkpoint_files, fingerprint
+from models.origin.fingerprint import CONFIGURATION, Hashes, checkpoint_files, fingerprint, sample
 from models.profile import ModelSpec
 
 
@@ -161,3 +162,23 @@ def test_weights_that_are_gone_are_told_and_not_raised(tmp_path: Path, hashes: H
     found = fingerprint(spec_of(), tmp_path / "nothing", hashes)
     assert found.files == {}
     assert found.error is not None
+
+
+def test_a_merged_lora_is_part_of_the_checkpoint(checkpoint: Path, hashes: Hashes, tmp_path: Path) -> None:
+    file = tmp_path / "few.safetensors"
+    file.write_text("four steps")
+    for lora in ({"source": str(file)}, {"source": str(tmp_path), "weight_name": file.name}):
+        spec = spec_of(acceleration={"few_step_lora": lora})
+        assert fingerprint(spec, checkpoint, hashes).files["few_step_lora:few.safetensors"] == sha256(b"four steps")
+    assert "few_step_lora:few.safetensors" not in fingerprint(spec_of(), checkpoint, hashes).files
+
+
+@pytest.mark.parametrize("place", [0, 500_000, 999_999])
+def test_a_sample_is_of_the_content_wherever_it_lies(checkpoint: Path, tmp_path: Path, place: int) -> None:
+    path = checkpoint / "unet/diffusion_pytorch_model.safetensors"
+    path.write_bytes(bytes(1_000_000))
+    before = sample(spec_of(), checkpoint)
+    shutil.copytree(checkpoint, tmp_path / "elsewhere")
+    assert sample(spec_of(), tmp_path / "elsewhere") == before
+    path.write_bytes(bytes(place) + b"x" + bytes(999_999 - place))
+    assert sample(spec_of(), checkpoint) != before

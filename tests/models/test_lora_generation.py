@@ -2,7 +2,8 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from models.engine import Engine, GenerationRequest
 from models.generation import Control, Generation, GenerationError
+from models.lora.files import LoraFile, LoraRegistry
 from models.lora.loras import LoraSource
 from models.profile import ModelSpec
 from models.sdxl import SDXL
@@ -166,3 +168,39 @@ def test_a_video_is_changed_by_its_lora(
     assert without.frames is not None
     assert not np.array_equal(with_it.frames, without.frames)
     assert with_it.settings["loras"][0]["name"] == "slow"
+
+
+class Slow:
+    """A registry whose files come when they are let."""
+
+    def __init__(self, registry: LoraRegistry) -> None:
+        self._registry, self.asked, self.let = registry, threading.Event(), threading.Event()
+
+    def names(self) -> Collection[str]:
+        return self._registry.names()
+
+    def file(self, name: str) -> LoraFile:
+        self.asked.set()
+        assert self.let.wait(60)
+        return self._registry.file(name)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+async def test_a_file_that_is_slow_to_come_holds_up_nobody_else(
+    studio: SDXL, monkeypatch: pytest.MonkeyPatch, image_request: Callable[..., GenerationRequest], overlap: bool
+) -> None:
+    registry = Slow(studio.registry)
+    engine = Engine(studio, slots=2, overlap=overlap)
+    engine.start()
+    try:
+        await engine.ready()
+        monkeypatch.setattr(studio.adapters, "_registry", registry)
+        waits = engine.submit(image_request(loras=uses(ink=1.0)))
+        assert await asyncio.to_thread(registry.asked.wait, 60)
+        assert (await engine.submit(image_request()).result()).images
+        assert not waits.done
+        registry.let.set()
+        assert (await waits.result()).images
+    finally:
+        registry.let.set()
+        await asyncio.to_thread(engine.close)

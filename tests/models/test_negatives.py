@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from models.catalog import Family
+from models.params import MAX_PROMPT_CHARACTERS
 from models.prompting.negatives import NegativePreset, builtin_negatives, negative_prompt
 from models.prompting.prompts import TokenCounter
 from models.samples.tiny import ensure_tiny
@@ -57,6 +58,22 @@ def test_negative_prompt_drops_low_priorities_to_fit_and_keeps_the_callers_own(c
     assert text.startswith("child, minor, bad anatomy")
     assert text.count("snow") == 20
     assert "anime" not in text
+
+
+def test_negative_prompt_that_nobody_can_count_has_the_callers_own_before_what_may_be_cut_off() -> None:
+    text = negative_prompt(Family.SDXL, "a cat", "snow", "sfw", "txt2img", builtin_negatives(), limit=75)
+    assert text.startswith("nudity, sexual content, snow, bad anatomy, ")
+    assert "anime" in text
+
+
+def test_negative_prompt_is_not_made_too_long_by_presets(clip: TokenCounter) -> None:
+    own = "snow " * 794
+    for counter in (None, clip):
+        presets = builtin_negatives()
+        text = negative_prompt(Family.SDXL, "a cat", own, "sfw", "txt2img", presets, counter=counter, limit=75)
+        assert text == f"nudity, sexual content, {own.strip()}"
+    free = negative_prompt(Family.SDXL, "a cat", own, "sfw", "txt2img", builtin_negatives())
+    assert len(free) <= MAX_PROMPT_CHARACTERS
 
 
 def test_builtin_negatives_ship_the_nsfw_presets_empty() -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
+import pytest
+
 from models.denoising.order import AGEING, PATIENCE_SECONDS, Order, Work
 
 A = Work(key="a", rows=2, remaining=10.0, waited=0.0)
@@ -94,3 +96,90 @@ def test_no_request_waits_for_ever() -> None:
         idle = [0.0 if number + 1 in chosen else seconds + 0.1 for number, seconds in enumerate(idle)]
         longest = max(longest, *idle)
     assert longest <= PATIENCE_SECONDS + 1
+
+
+@pytest.mark.parametrize("beside", [1, 3])
+def test_ever_new_shapes_keep_no_old_one_waiting(beside: int) -> None:
+    """Jobs of four steps each, every one of a shape of its own, as `reproducible` ones are."""
+    order, turns = Order(), 4000
+    left: dict[int, int] = {}
+    newest = 0
+
+    def arrivals() -> list[Work]:
+        nonlocal newest
+        for key in [key for key, steps in left.items() if not steps]:
+            del left[key]
+        while len(left) < beside:
+            newest += 1
+            left[newest] = 4
+        return [replace(A, key=key, remaining=0.05 * steps) for key, steps in left.items()]
+
+    now = longest = idle_since = 0.0
+    steps = 0
+    for _ in range(turns):
+        works = [replace(A, key="old", waited=now, idle=now - idle_since), *arrivals()]
+        longest = max(longest, now - idle_since)
+        now += 0.05
+        (chosen,) = choose(order, works, seconds=0.05)
+        if chosen == 0:
+            steps, idle_since = steps + 1, now
+        else:
+            left[int(str(works[chosen].key))] -= 1
+    assert steps >= 0.8 * turns / (beside + 1)  # about what each of them gets
+    assert longest <= 2 * (beside + 1) * 4 * 0.05
+
+
+def test_shape_that_changes_at_every_step_gets_its_share_and_no_more() -> None:
+    """As that of a request with a ControlNet, whose forwards take turns with the denoiser's."""
+    order, spent = Order(), [0, 0]
+    for _ in range(2000):
+        part = ("net", "unet")[spent[1] % 2]
+        (chosen,) = choose(order, [A, replace(A, key=part)], seconds=0.05)
+        spent[chosen] += 1
+    assert 0.7 < spent[0] / spent[1] < 1.5
+
+
+def test_reachable_deadline_reaches_across_shapes() -> None:
+    order, now, left = Order(), 0.0, 40
+    others = [Work("b", 2, remaining=1.0, waited=0.0) for _ in range(7)]
+    while left:
+        works = [Work("a", 2, remaining=0.05 * left, waited=now, deadline=3.0 - now), *others]
+        left -= 0 in choose(order, works, cap=2, seconds=0.05)
+        now += 0.05
+    assert now <= 3.0
+
+
+def test_deadline_is_kept_beside_forwards_that_take_long() -> None:
+    order, now, left = Order(), 0.0, 40
+    while left:
+        works = [Work("a", 2, remaining=0.05 * left, waited=now, deadline=6.0 - now), replace(A, key="video")]
+        chosen = order.choose(works, lambda key: 2, lambda key, rows: 2.0 if key == "video" else 0.05)
+        left -= 0 in chosen
+        now += 0.05 if 0 in chosen else 2.0
+    assert now <= 6.0
+
+
+def test_deadline_that_is_lost_or_far_takes_no_turn_of_other_shapes() -> None:
+    for deadline in (1.0, 1000.0):
+        order, served = Order(), [0, 0]
+        for _ in range(200):
+            (chosen,) = choose(order, [A, replace(A, key="b", deadline=deadline)], seconds=0.05)
+            served[chosen] += 1
+        assert abs(served[0] - served[1]) <= 8
+
+
+def test_deadlines_keep_no_other_shape_waiting_past_patience() -> None:
+    order, idle, longest = Order(), 0.0, 0.0
+    for _ in range(4000):
+        works = [replace(A, idle=idle), replace(A, key="b", deadline=15.0)]
+        idle = 0.0 if 0 in choose(order, works) else idle + 0.1
+        longest = max(longest, idle)
+    assert PATIENCE_SECONDS - 1 < longest <= PATIENCE_SECONDS + 1
+
+
+def test_shape_of_a_deadline_goes_first_with_the_request_that_has_it() -> None:
+    """A long forward of another shape could come in between, so it is urgent, though not among its own."""
+    pressed, short = replace(A, deadline=21.0), replace(A, remaining=0.5)
+    works = [replace(A, key="video"), short, pressed]
+    for _ in range(10):
+        assert Order().choose(works, lambda key: 2, lambda key, _: 3.0 if key == "video" else 0.1) == [2]

@@ -198,6 +198,7 @@ def test_resolve_params_keeps_prompts_out_of_messages() -> None:
         ("a\x00b", "characters"),
         ("a\ud800b", "characters"),
         ("a" * 4001, "length"),
+        ("\ufdfa" * 250, "length"),  # of 18 letters each
     ],
 )
 def test_clean_prompt_refuses(text: object, code: str) -> None:

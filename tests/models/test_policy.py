@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.policy import ContentRejected, check_prompt
+from models.policy import ContentRejected, check_prompt, signs_in
+from models.prompting.signs import Signs
 
 BENIGN = [
     "a child playing football",
@@ -280,3 +281,33 @@ def test_policy_answers_any_text_and_a_refused_one_stays_refused(text: str) -> N
 def test_policy_refuses_however_far_apart_the_words_are(separator: str, filler: str) -> None:
     with pytest.raises(ContentRejected):
         check_prompt(f"nude{separator}{filler}{separator}toddler", "nsfw")
+
+
+@pytest.mark.parametrize(
+    ("before", "text", "content_mode", "code"),
+    [
+        ("a ten year old child", "nude", "nsfw", "content_minors"),
+        ("a ten year old child", "a mill", "nsfw", "content_minors"),
+        ("a ten year old child", "in lingerie, seductive", "sfw", "content_minors"),
+        ("nude", "a child", "sfw", "content_minors"),
+        ("nude", "a mill", "sfw", "content_sexual_in_sfw"),
+        ("a ten year old child", "a mill", "sfw", None),
+        ("a lighthouse", "nude", "nsfw", None),
+    ],
+)
+def test_policy_judges_a_text_with_the_signs_of_what_goes_with_it(
+    before: str, text: str, content_mode: str, code: str | None
+) -> None:
+    found = None
+    try:
+        check_prompt(text, content_mode, signs_in(before))  # type: ignore[arg-type]
+    except ContentRejected as error:
+        found = error.code
+    assert found == code
+
+
+def test_signs_are_told_as_they_were_kept() -> None:
+    both = signs_in("ein Junge mit einem Hund") | signs_in("nude")
+    assert both == Signs(minors=1, sexual=2) == Signs.told(both.model_dump(mode="json"))
+    for account in (None, {}, "strong", {"minors": 3, "sexual": 0}, {"steps": 4}):
+        assert Signs.told(account) == Signs()

@@ -468,6 +468,35 @@ def test_qwen_a_broken_device_breaks_the_backend(tiny_root: Path) -> None:
             ask(model, "after")
 
 
+def test_qwen_a_lost_device_that_refuses_to_be_cleaned_up_leaves_nobody_waiting(
+    tiny_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    lost: list[int] = []
+
+    def error() -> BaseException:
+        lost.append(1)
+        return RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def empty_cache() -> None:
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with serving(tiny_root, sequences=2) as model, monkeypatch.context() as card:
+        card.setattr(torch.cuda, "empty_cache", empty_cache)
+        with failing(model, error, BAD):
+            held = ask(model, "held", new=LONG)
+            next(held.pieces())
+            card.setattr(torch.cuda, "is_available", lambda: True)  # from here on: as what cleans up asks
+            bad = ask(model, BAD, new=LONG)
+            for failed in (held, bad):
+                with pytest.raises(DeviceBroken):
+                    failed.wait(60)
+        assert model.broken is not None
+        lost.clear()
+
+
 def test_qwen_closing_ends_what_runs_and_waits(tiny_root: Path) -> None:
     with serving(tiny_root, sequences=1) as model:
         given = [ask(model, text, new=LONG) for text in ("one", "two")]

@@ -1,17 +1,21 @@
 """A run that goes on from another's state makes the same latents, bit for bit."""
 
 import io
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
 
 from models.denoising.preview import Snapshots
 from models.denoising.resumption import DenoisingState, States, StateUnusable
 from models.engine import Cancelled, GenerationRequest
 from models.pipeline import PipelineModel
+from models.profile import ModelSpec
 from models.sdxl import SCHEDULERS, SDXL
 from models.wan import SCHEDULERS as WAN_SCHEDULERS
 from models.wan import WAN
@@ -163,6 +167,24 @@ def test_state_of_another_request_is_refused_and_told(
     assert (got == expected).all()
     assert settings["resumed_from_step"] is None
     assert settings["resume_refused"] == "another model, version or job"
+
+
+def test_state_of_other_weights_at_the_same_place_is_refused(
+    sdxl: SDXL, sdxl_spec: ModelSpec, tiny_sdxl: Path, tmp_path: Path, image_request: Make, recorder: Any
+) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(tiny_sdxl, folder)
+    same, other = SDXL(sdxl_spec, folder), SDXL(sdxl_spec, folder)
+    same.load()
+    path = next(folder.glob("unet/*.safetensors"))
+    save_file({name: tensor * 1.01 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    other.load()
+    request = image_request()
+    request = replace(request, resume=interrupted(sdxl, request, recorder, after=2, every=1))
+    _, settings = final(same, request, recorder())
+    assert settings["resumed_from_step"] == 2
+    _, settings = final(other, request, recorder())
+    assert (settings["resumed_from_step"], settings["resume_refused"]) == (None, "another model, version or job")
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff" * 40, b"\x02\0\0\0\0\0\0\0{}", b"\x10\0\0\0\0\0\0\0" + b"x" * 16])

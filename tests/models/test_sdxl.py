@@ -200,7 +200,15 @@ def test_reference_too_strong_for_the_steps_is_refused(sdxl: SDXL, image_request
 
 def test_prompt_beyond_the_window_is_reported(sdxl: SDXL, image_request: Make, recorder: Any) -> None:
     made = sdxl.generate(image_request(prompt="cat " * 80), recorder())
-    assert made.settings["prompt_tokens_cut"] == 80 + 2 - 77
+    assert (made.settings["prompt_tokens_cut"], made.settings["negative_tokens_cut"]) == (80 + 2 - 77, 0)
+
+
+def test_negative_prompt_beyond_the_window_is_reported(sdxl: SDXL, image_request: Make, recorder: Any) -> None:
+    long = "cat " * 90
+    made = sdxl.generate(image_request(negative_prompt=long), recorder())
+    assert (made.settings["prompt_tokens_cut"], made.settings["negative_tokens_cut"]) == (0, 90 + 2 - 77)
+    weighted = sdxl.generate(image_request(negative_prompt=long, compel_enabled=True), recorder())
+    assert (weighted.settings["compel_success"], weighted.settings["negative_tokens_cut"]) == (True, 0)
 
 
 def test_settings_say_what_was_used(sdxl: SDXL, image_request: Make, recorder: Any) -> None:

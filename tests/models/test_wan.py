@@ -61,6 +61,15 @@ def test_frames_are_stock_without_guidance(wan: WAN, tiny_wan: Path, video_reque
     assert made.settings["negative_prompt_used"] is False
 
 
+def test_negative_prompt_beyond_the_window_is_reported(wan: WAN, video_request: Make, recorder: Any) -> None:
+    long = "wave " * 600
+    tokens = len(wan._pipeline.tokenizer(long, verbose=False).input_ids)
+    request = video_request(negative_prompt=long, frames=1, fps=None, steps=1)
+    settings = wan.generate(request, recorder()).settings
+    assert (settings["prompt_tokens_cut"], settings["negative_tokens_cut"]) == (0, tokens - 512)
+    assert tokens > 512
+
+
 def test_other_schedulers_follow_the_flow_schedule_of_the_shift(
     wan: WAN, tiny_wan: Path, video_request: Make, recorder: Any
 ) -> None:

@@ -10,7 +10,6 @@ from models.prompting.weighting import (
     WeightingFailed,
     check_parsable,
     plain_text,
-    with_compel_weights,
 )
 from models.sdxl import SDXL
 
@@ -45,11 +44,6 @@ def equal(left: Any, right: Any) -> bool:
 )
 def test_plain_text_has_no_markup(prompt: str, plain: str) -> None:
     assert plain_text(prompt) == plain
-
-
-def test_weights_after_a_colon_mean_the_same() -> None:
-    assert with_compel_weights("a (red cat:1.3), (sky: 0.8)") == "a (red cat)1.3, (sky)0.8"
-    assert with_compel_weights("at 10:30 (or later), ratio 16:9") == "at 10:30 (or later), ratio 16:9"
 
 
 def test_prompt_without_weights_is_encoded_as_the_stock_pipeline_does(
@@ -100,7 +94,91 @@ def test_long_prompt_loses_nothing_with_compel(sdxl: SDXL, image_request: Make, 
     assert weighted["prompt_tokens_cut"] == 0
 
 
-@pytest.mark.parametrize("prompt", ["()", '("a cat", "a dog").and(1, 0.5)', "cat " * 75 * (MAX_WINDOWS + 1)])
+@pytest.mark.parametrize(
+    ("prompt", "as_compel_reads_it"),
+    [
+        ("portrait/(cinematic)1.9", "portrait/ (cinematic)1.9"),
+        ("4k—(hdr:1.3)|film", "4k— (hdr)1.3 |film"),
+        ("(red (fluffy) cat:1.3)", "(red (fluffy) cat)1.3"),
+        ("(portrait - studio light:1.3)", "(portrait -studio light)1.3"),
+        ("(portrait - studio light)1.3", "(portrait -studio light)1.3"),
+        ("(1=1 cat)1.3", "(1)1.3 = (1 cat)1.3"),
+        ("(word:.5) here", "(word)0.5 here"),
+        ("(cat)1.5, a mat--", "(cat)1.5, a mat--"),
+    ],
+)
+def test_weights_in_any_place_have_the_embeddings_of_compel(
+    sdxl: SDXL, weighting: Weighting, prompt: str, as_compel_reads_it: str
+) -> None:
+    import torch
+    from compel import Compel, CompelForSDXL
+
+    parsed = Compel.parse_prompt_string(as_compel_reads_it).prompts[0].children
+    assert not [fragment for fragment in parsed if "(" in fragment.text]
+    with torch.no_grad():
+        weighted = weighting.encode(prompt, None, "cpu").arguments["prompt_embeds"]
+        own = CompelForSDXL(sdxl._pipeline, device="cpu")(as_compel_reads_it).embeds
+    assert equal(weighted, own)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        'a/"red cat"1.3',
+        "x.cat++",
+        "(a (b = c) d)1.3",
+        "(cat -)1.2",
+        "(word:-1)",
+        "(word:1,3)",
+        "(cat:1.3)++",
+        "[cat:1.3]",
+        "<lora:foo:0.8>",
+        "cat:1.3, dog",
+    ],
+)
+def test_a_weight_that_stays_text_is_refused(weighting: Weighting, prompt: str) -> None:
+    for texts in ((prompt, None), ("kite", prompt)):
+        with pytest.raises(WeightingFailed):
+            weighting.encode(*texts, "cpu")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        '("a cat", "a dog").and(), a huge red castle',
+        '("a cat", "a dog").add() x',
+        'x, ("a cat", "a dog").and()',
+        '("a", "b").and(), ("c", "d").and()',
+        '(x) ("a cat", "a dog").blend(1, 1)',
+        "cat.swap(dog)",
+        "(a cat.swap(dog, s_start=0.2))1.2",
+        "withLora(foo, 0.5)",
+        "a cat useLora(foo)",
+    ],
+)
+def test_operators_that_lose_words_or_do_nothing_are_refused(weighting: Weighting, prompt: str) -> None:
+    for texts in ((prompt, None), ("kite", prompt)):
+        with pytest.raises(WeightingFailed):
+            weighting.encode(*texts, "cpu")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        '("a cat", "a dog").and()',
+        '("a cat", "a dog").blend(0.3, 0.7)',
+        "(cat).attend(1.2) on a mat",
+        r"\(cat\)1.3, the trade (fair). and (more)",
+        "ratio 16:9, [16:9], at 10:30, lens at: 1.8, C++ code, cat(s), a well-known 3-4",
+    ],
+)
+def test_what_compel_reads_is_not_refused(weighting: Weighting, prompt: str) -> None:
+    weighting.encode(prompt, None, "cpu")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["()", '("a cat", "a dog").and(1, 0.5)', "cat " * 75 * (MAX_WINDOWS + 1), "cat.swap(dog)"]
+)
 def test_failure_of_compel_falls_back_to_the_plain_prompt_and_says_so(
     sdxl: SDXL, image_request: Make, recorder: Any, weighting: Weighting, prompt: str
 ) -> None:

@@ -475,6 +475,27 @@ async def test_a_stream_that_breaks_the_policy_stops_before_the_word(site: Site,
     assert await alice.kept(talk) == []
 
 
+async def test_a_stream_is_judged_with_all_that_was_said_before_it(site: Site, alice: Person) -> None:
+    talk = await alice.begin()
+    with saying(site, "how nice"):
+        assert (await alice.say(talk, "tell me of a ten year old child named Ada")).status_code == 200
+    before = len(await alice.kept(talk))
+    with saying(site, "a calm beginning of the story " * 10 + "she wears lingerie and is seductive, " * 9):
+        told = events((await alice.say(talk, "go on", headers=SSE)).text)
+    assert "lingerie" not in "".join(data for name, data in told if name == "piece")
+    assert (told[-1][0], json.loads(told[-1][1])["code"]) == ("error", "content_minors")
+    assert len(await alice.kept(talk)) == before
+
+
+@pytest.mark.parametrize("place", ["history", "written_by_people", "message"])
+async def test_a_piece_is_judged_with_what_it_answers(place: str) -> None:
+    child = "a ten year old child"
+    said: dict[str, Any] = {"history": (Message("user", child),), "written_by_people": (child,), "message": child}
+    guard = answering.Guard(replace(a_turn(), **{place: said[place]}))
+    with pytest.raises(Problem, match="minors"):
+        await guard.add("she wears lingerie and is seductive, " * 3)
+
+
 def a_turn() -> Turn:
     """A question with nothing before it."""
     return Turn(

@@ -136,6 +136,14 @@ async def test_a_preset_has_effect(server: InProcess, alice: httpx2.AsyncClient)
         assert (refusal.status_code, refusal.json()["errors"][0]["field"]) == (400, "selectedPresets"), wrong
 
 
+@pytest.mark.parametrize("given", [{"job_type": "sdxl_image_fast"}, {"job_type": None, "jobType": "video_fast"}])
+async def test_the_model_auto_is_none_given(alice: httpx2.AsyncClient, given: dict[str, Any]) -> None:
+    auto, none = await said(alice, model="auto", **given), await said(alice, **given)
+    metadata = [answer["enhancement_metadata"] for answer in (auto, none)]
+    assert metadata[0]["target_model"] == metadata[1]["target_model"]
+    assert unused(auto) == []
+
+
 async def test_what_has_no_effect_is_told_or_refused(alice: httpx2.AsyncClient) -> None:
     assert unused(await said(alice)) == []
     for name in ("enhancement_model", "selectedModel"):

@@ -125,6 +125,57 @@ async def test_another_model_than_the_one_that_answers_is_told(site: Site, alice
     assert own["adjustments"] == []
 
 
+@pytest.mark.parametrize("given", [0, 0.4, 2])
+async def test_a_temperature_is_the_answers(site: Site, alice: Person, given: float) -> None:
+    with saying(site, "yes"):
+        said = (await chat(alice, temperature=given)).json()
+    assert site.handle.asked[-1][1].temperature == given
+    assert said["adjustments"] == []
+
+
+async def test_what_is_no_field_is_told_without_its_words(site: Site, alice: Person) -> None:
+    settings = {"responseStyle": "terse", "mood": "a secret"}
+    people = [{"name": "Tom", "age": 40}]
+    with saying(site, "yes"):
+        said = (
+            await chat(alice, top_p=0.5, tone={"a": 1}, nothing=None, roleplay_settings=settings, participants=people)
+        ).json()
+    assert {one["field"]: (one["given"], one["used"]) for one in said["adjustments"]} == {
+        "top_p": ("0.5", "none"),
+        "tone": ("1 entries", "none"),
+        "roleplay_settings.mood": ("8 characters", "none"),
+        "participants.0.age": ("40", "none"),
+    }
+
+
+@pytest.mark.parametrize("headers", [{}, SSE, {"Idempotency-Key": "k"}], ids=["json", "stream", "key"])
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"model_provider": "\ud800"}, "model_provider"),
+        ({"model_variant": "a\0"}, "model_variant"),
+        ({"roleplay_settings": {"enhancementModel": "\udfff"}}, "roleplay_settings.enhancementModel"),
+    ],
+)
+async def test_what_can_not_be_told_back_is_refused_before_anything_is_stored(
+    site: Site, alice: Person, body: dict[str, Any], field: str, headers: dict[str, str]
+) -> None:
+    raw = json.dumps({"message": "hello"} | body)
+    with saying(site, "yes") as model:
+        answer = await alice.client.post(CHAT, content=raw, headers=headers | {"Content-Type": "application/json"})
+    assert (answer.status_code, [error["field"] for error in answer.json()["errors"]]) == (400, [field]), answer.text
+    assert model.read == []
+    count = "SELECT count(*) FROM messages m JOIN conversations c ON c.id = m.conversation_id WHERE c.user_id = $1"
+    assert await site.server.pool.fetchval(count, alice.id) == 0
+
+
+async def test_a_name_that_can_not_be_told_back_spoils_no_answer(site: Site, alice: Person) -> None:
+    raw = json.dumps({"message": "hello", "\ud800": "\ud800", "odd": ["\ud800"]})
+    with saying(site, "yes"):
+        answer = await alice.client.post(CHAT, content=raw, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, [one["field"] for one in answer.json()["adjustments"]]) == (200, ["odd"])
+
+
 @pytest.mark.parametrize("kind", ["creative", "chat_creative"])
 async def test_a_kind_of_chat_goes_by_both_names(site: Site, alice: Person, kind: str) -> None:
     with saying(site, "yes"):
@@ -170,6 +221,11 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"system_prompt_override": "the assistant is a nude child"}, 400, "message"),
     ({"system_prompt_override": 5}, 400, "system_prompt_override"),
     ({"model_provider": 5}, 400, "model_provider"),
+    ({"roleplay_settings": {"enhancementModel": {"a": 1}}}, 400, "roleplay_settings.enhancementModel"),
+    ({"temperature": 2.5}, 400, "temperature"),
+    ({"temperature": -0.1}, 400, "temperature"),
+    ({"temperature": "warm"}, 400, "temperature"),
+    ({"temperature": True}, 400, "temperature"),
 ]
 
 

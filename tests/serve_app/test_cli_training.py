@@ -59,6 +59,20 @@ async def test_bad_rows_are_told_with_line_and_field(database: Any, tmp_path: Pa
     assert (code, "can't be read" in err) == (2, True)
 
 
+async def test_a_file_of_what_can_not_be_stored_changes_nothing(database: Any, tmp_path: Path) -> None:
+    where = environment(database, tmp_path)
+    file = tmp_path / "all.json"
+    run = {"run_name": "a", "base_model": "x"}
+    for value, told in (("NaN", "loss: NaN is no number"), ("1e400", "loss: 1e400 is beyond what a number can be")):
+        file.write_text(
+            json.dumps([run, run | {"run_name": "b"}]).replace('"b"', f'"b", "training_config": {{"loss": {value}}}')
+        )
+        code, out, err = await run_command("training", "import", str(file), environment=where)
+        assert (code, out) == (1, f"1\ttraining_config\tValue error, {told}\n")
+        assert "nothing was imported" in err
+    assert await database.pool.fetchval("SELECT count(*) FROM lora.training_runs") == 0
+
+
 async def test_the_files_of_production_loras_are_read(database: Any, tmp_path: Path) -> None:
     where = environment(database, tmp_path)
     broken = tmp_path / "broken.safetensors"

@@ -4,6 +4,7 @@ The OpenAPI document says where that is. Each of its free-text fields is tried w
 otherwise, or stands below with the reason why it needs no check; a field that is in neither list fails the test.
 """
 
+import asyncio
 import copy
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -16,6 +17,8 @@ import pytest
 import pytest_asyncio
 
 from db.jobs import Status
+from models.prompting.signs import Signs
+from serve_app.admission import signs_off_loop
 from serve_app.app import api, openapi_document
 from tests.db.test_queue import asset
 from tests.serve_app.conftest import InProcess, a_job, in_process
@@ -35,7 +38,8 @@ OUTSIDE = "of providers and operators with a secret of the installation's; reach
 # by the last name of a field, wherever it stands
 SPARED: Mapping[str, str] = {
     **dict.fromkeys(("job_type", "jobType", "scheduler", "aspect_ratio", "quality", "context_type"), CHOICE),
-    **dict.fromkeys(("model_provider", "model_variant", "enhancement_model", "selectedModel"), CHOICE),
+    **dict.fromkeys(("model_provider", "model_variant", "enhancementModel"), CHOICE),
+    **dict.fromkeys(("enhancement_model", "selectedModel"), CHOICE),
     **dict.fromkeys(("reference_image_url", "mask_image_url", "image", "mask"), ADDRESS),
     **dict.fromkeys(("callback_url", "url", "workerUrl", "worker_url"), ADDRESS),
     **dict.fromkeys(("start_reference_url", "end_reference_url"), ADDRESS),
@@ -90,7 +94,10 @@ BODIES: Mapping[str, dict[str, dict[str, Any]]] = {
     "PATCH /v1/conversations/{conversation_id}": {"": {}},
     "POST /v1/conversations/{conversation_id}/messages": {"": {}},
     "POST /functions/v1/replicate-image": {"": {"prompt": FREE, "job_type": "sdxl_image_fast"}},
-    "POST /functions/v1/generate-admin-image": {"": {"prompt": FREE, "wait_seconds": 0}},
+    "POST /functions/v1/generate-admin-image": {
+        "": {"prompt": FREE, "wait_seconds": 0},
+        "compel_weights": {"prompt": FREE, "wait_seconds": 0} | WEIGHTS,
+    },
     "POST /functions/v1/generate-content": {
         "": NEW,
         "compel_weights": NEW | WEIGHTS,
@@ -232,3 +239,22 @@ async def test_what_is_never_made_is_refused(site: Site, route: str, field: str)
     assert len(named) == 1, answer.text
     assert re.sub(r"\W", "", named.pop()), answer.text
     assert "n u d e" not in answer.text
+
+
+@pytest.mark.parametrize("text", ["a lighthouse at dusk, " * 180, "\ufdfa" * 220])
+async def test_a_long_text_is_judged_off_the_event_loop(text: str) -> None:
+    judging, turns = asyncio.create_task(signs_off_loop(text)), 0
+    while not judging.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 1, "nothing else ran while it was read"
+    assert await judging == Signs()
+
+
+@pytest.mark.parametrize("field", ["prompt", "enhanced_prompt", "original_prompt"])
+async def test_a_prompt_that_grows_when_it_is_read_is_refused_as_too_long(site: Site, field: str) -> None:
+    grown = "\ufdfa" * 4000  # 72,000 letters
+    answer = await site.clients["user"].post("/functions/v1/queue-job", json=a_job(prompt=FREE) | {field: grown})
+    errors = [(error["field"], error["code"]) for error in answer.json()["errors"]]
+    assert answer.status_code == 400
+    assert errors == [("enhanced_prompt" if field == "enhanced_prompt" else "prompt", "length")]

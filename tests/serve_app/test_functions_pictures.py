@@ -135,6 +135,9 @@ async def test_a_portrait_is_kept_in_the_library_and_shown_by_its_character(
     )
     assert await server.blobs.get(bucket, item["thumbnail_path"]) == b"small"
     assert (await state(server, job), await place(server)) == (("placed", None), 0)
+    assert (await alice.delete(f"/v1/library/{item['id']}")).status_code == 204
+    row = await server.pool.fetchrow("SELECT image_url, reference_image_url FROM characters")
+    assert tuple(row) == (None, None)
 
 
 async def test_placing_twice_at_once_makes_one_item(server: InProcess, alice: httpx2.AsyncClient) -> None:
@@ -191,6 +194,10 @@ async def test_a_scene_and_its_conversation_show_the_picture(
     row = await server.pool.fetchrow("SELECT id, image_url, job_id FROM character_scenes WHERE image_url IS NOT NULL")
     assert (row["id"], str(row["job_id"])) == (shown, job)
     assert await server.pool.fetchval("SELECT last_scene_image FROM conversations") == row["image_url"]
+    item = await server.pool.fetchval("SELECT id FROM user_library")
+    assert (await alice.delete(f"/v1/library/{item}")).status_code == 204
+    assert await server.pool.fetchval("SELECT count(image_url) FROM character_scenes") == 0
+    assert await server.pool.fetchval("SELECT last_scene_image FROM conversations") is None
 
 
 async def test_what_is_not_ones_own_is_no_destination(server: InProcess, alice: httpx2.AsyncClient) -> None:
@@ -287,66 +294,6 @@ async def test_a_name_that_names_nobody_or_several_is_refused(server: InProcess,
     for names in ("twin", [1], ["a", "a"], ["a"] * 30, [""]):
         assert (await call(root, "generate-avatars", {"names": names}, 400))["code"] == "type"
     assert await server.pool.fetchval("SELECT count(*) FROM jobs") == 0
-
-
-# ------------------------------------------------------------------------------------------------ admin images
-
-
-async def test_an_admins_image_that_is_not_ready_yet_says_so(server: InProcess, root: httpx2.AsyncClient) -> None:
-    body = {"prompt": "a pier", "mode": "hero", "metadata": {"seed": 7, "note": "n"}, "wait_seconds": 0}
-    told = await call(root, "generate-admin-image", body, 202)
-    assert (told["pending"], told["status"], told["images"]) == (True, "queued", [])
-    image = told["image"]
-    assert (image["url"], image["thumbnail_url"], image["prompt"], image["mode"]) == (None, None, "a pier", "hero")
-    assert image["metadata"] == {"seed": 7, "note": "n"}
-    row = await server.pool.fetchrow("SELECT job_type, params, metadata FROM jobs")
-    assert (row["job_type"], row["params"]["seed"], row["metadata"]["mode"]) == ("sdxl_image_high", 7, "hero")
-
-
-async def test_an_admins_image_is_answered_when_it_is_made(server: InProcess, root: httpx2.AsyncClient) -> None:
-    key = {"Idempotency-Key": str(uuid4())}
-    body = {"prompt": "a pier", "metadata": {"quality": "fast"}, "wait_seconds": 0}
-    first = await root.post(f"{FUNCTIONS}generate-admin-image", json=body, headers=key)
-    assert first.status_code == 202, first.text
-    await finish(server, await server.claim())
-    answer = await root.post(f"{FUNCTIONS}generate-admin-image", json=body, headers=key)
-    told = answer.json()
-    assert (answer.status_code, told["pending"], told["jobId"]) == (200, False, first.json()["jobId"])
-    assert set(told["image"]) == {"id", "url", "thumbnail_url", "prompt", "mode", "timestamp", "metadata"}
-    assert (await root.get(told["image"]["url"])).content == PICTURE
-    assert told["image"]["metadata"]["seed"] == 2**31
-
-
-async def test_an_admins_image_that_failed_is_an_error(server: InProcess, root: httpx2.AsyncClient) -> None:
-    key = {"Idempotency-Key": str(uuid4())}
-    body = {"prompt": "a pier", "wait_seconds": 0}
-    await root.post(f"{FUNCTIONS}generate-admin-image", json=body, headers=key)
-    claim = await server.claim()
-    await server.end(claim, status=Status.FAILED, error_code="oom", error_message="x", retryable=False)
-    answer = await root.post(f"{FUNCTIONS}generate-admin-image", json=body, headers=key)
-    assert (answer.status_code, answer.json()["code"]) == (500, "generation_failed")
-    assert "oom" in answer.json()["error"]
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"mode": 3}, "mode"),
-        ({"metadata": []}, None),
-        ({"metadata": ["x"]}, "metadata"),
-        ({"metadata": {"quality": "best"}}, "metadata.quality"),
-        ({"wait_seconds": 61}, "wait_seconds"),
-        ({"wait_seconds": True}, "wait_seconds"),
-        ({"prompt": 5}, "prompt"),
-        ({"prompt": None}, "prompt"),
-    ],
-)
-async def test_an_admins_image_is_checked_first(
-    server: InProcess, root: httpx2.AsyncClient, change: dict[str, Any], field: str | None
-) -> None:
-    body = {"prompt": "a pier", "wait_seconds": 0} | change
-    told = await call(root, "generate-admin-image", body, 202 if field is None else 400)
-    assert [error["field"] for error in told.get("errors", [])] == ([] if field is None else [field])
 
 
 # --------------------------------------------------------------------------------------------- generate-content

@@ -88,10 +88,22 @@ async def test_every_way_to_submit_is_limited_and_stores_nothing(
             assert (answer.status_code, document["code"]) == (status, code), way
             assert [error["field"] for error in document["errors"]] == [setting]
             wait = answer.headers.get("retry-after")
-            assert wait is None if status == 402 else int(wait) >= 1
+            fits_later = status != 402 and not (way == "batch" and code in ("user_limit", "concurrent_limit"))
+            assert int(wait) >= 1 if fits_later else wait is None
             if path.startswith("/functions/"):
                 assert document["success"] is False
     assert await server.stored() == before
+
+
+async def test_a_batch_that_is_larger_than_the_hour_is_refused_for_good(
+    server: InProcess, alice: httpx2.AsyncClient, admin: httpx2.AsyncClient
+) -> None:
+    await configure(admin, maxJobsPerHour=2)
+    answer = await alice.post("/v1/jobs/batch", json={"jobs": [a_job()] * 3})
+    assert (answer.status_code, answer.json()["code"]) == (429, "hourly_limit")
+    assert "3 at once never fit" in answer.json()["detail"]
+    assert "retry-after" not in answer.headers
+    assert (await alice.post("/v1/jobs/batch", json={"jobs": [a_job()] * 2})).status_code == 202
 
 
 async def test_an_hour_is_full_for_new_jobs_and_not_for_retries(

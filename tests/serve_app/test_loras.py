@@ -69,6 +69,15 @@ async def test_an_installation_without_loras_lists_none(alice: httpx2.AsyncClien
     assert (await alice.get("/v1/loras")).json() == {"data": []}
 
 
+async def test_queue_job_passes_loras_on(studio: InProcess, bob: httpx2.AsyncClient) -> None:
+    given = [{"name": "oil", "weight": -0.5}, {"name": "ink"}]
+    for body in (a_job(loras=given), {"jobType": "sdxl_image_fast", "metadata": {"prompt": "a mill", "loras": given}}):
+        answer = await bob.post("/functions/v1/queue-job", json=body)
+        assert answer.status_code == 200, answer.text
+        kept = [{"name": "oil", "weight": -0.5}, {"name": "ink", "weight": 1.0}]
+        assert answer.json()["job"]["params"]["loras"] == kept
+
+
 async def test_a_job_keeps_its_loras(studio: InProcess, bob: httpx2.AsyncClient) -> None:
     given = [{"name": "oil", "weight": -0.5}, {"name": "ink"}]
     answer = await bob.post("/v1/jobs", json=a_job(loras=given))

@@ -4,7 +4,7 @@ import pytest
 
 from models.catalog import Family, default_for
 from serve_app.api.queue_requests import RATIOS, nearest_size
-from serve_app.modes import PRESETS, VIDEO_MODES, Mode, Wish, Wording, changed, nearest_count, worded
+from serve_app.modes import PRESETS, VIDEO_MODES, Mode, Wish, Wording, changed, nearest_count, nearest_strength, worded
 
 COPY, MODIFY, TEXT = Mode.COPY, Mode.MODIFY, Mode.TEXT
 
@@ -71,6 +71,14 @@ def test_a_text_is_worded_by_the_language_model_where_it_is_wanted(
 )
 def test_a_number_of_images_becomes_one_that_can_be(asked: int, used: int) -> None:
     assert nearest_count(asked, (1, 3, 6)) == used
+
+
+@pytest.mark.parametrize(
+    ("asked", "starts", "used"),
+    [(0.0, True, 0.1), (0.05, False, 0.1), (0.1, True, 0.1), (0.5, True, 0.5), (1.0, True, 0.99), (1.0, False, 1.0)],
+)
+def test_a_strength_becomes_one_that_can_be(asked: float, starts: bool, used: float) -> None:
+    assert nearest_strength(asked, starts=starts)[0] == used
 
 
 def test_a_video_is_one() -> None:

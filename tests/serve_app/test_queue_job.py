@@ -1,5 +1,6 @@
 """queue-job, field by field: each that the contract names, with the effect that it has on the job's row."""
 
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 import pytest_asyncio
 
 from models.catalog import JOB_TYPES, Family
+from serve_app.api.queue_requests import READ
+from serve_app.api.wire_requests import JobRequest
 from tests.serve_app.queueing import QUEUE, Gallery, gallery, notes
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -87,6 +90,12 @@ FIELDS: list[tuple[str, dict[str, Any], str, Any]] = [
     ("inner guidance_scale", inside(guidance_scale=4.5), "guidance_scale", 4.5),
     ("guidance of fast", snake(), "guidance_scale", 6.0),
     ("scheduler", snake(scheduler="heun"), "scheduler", "heun"),
+    ("guidance_interval", snake(guidance_interval=[0, 0.5]), "guidance_interval", [0.0, 0.5]),
+    ("inner guidance_interval", inside(guidance_interval=[0.2, 0.5]), "guidance_interval", [0.2, 0.5]),
+    ("reproducible", snake(reproducible=True), "reproducible", True),
+    ("old reproducible", old(reproducible=True), "reproducible", True),
+    ("no LoRAs", snake(loras=[]), "loras", []),
+    ("content_mode", snake(content_mode="sfw"), "content_mode", "sfw"),
     ("compel_enabled", snake(compel_enabled=True), "compel_enabled", True),
     ("inner compel_enabled", inside(compel_enabled=True), "compel_enabled", True),
     ("contentType", inside(contentType="sfw"), "content_mode", "sfw"),
@@ -157,6 +166,18 @@ NOTED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"aspect_ratio": ("1:1", "96x160")},
     ),
     (
+        "another language model where none is asked",
+        inside(enhancement_model="mythomax"),
+        {"metadata.enhancement_model": ("mythomax", "none")},
+    ),
+    (
+        "another language model beside an enhanced prompt",
+        snake(enhanced_prompt="a tall mill", enhancement_model="mythomax"),
+        {"enhancement_model": ("mythomax", "none")},
+    ),
+    ("our language model", inside(enhancement_model="qwen_instruct"), {}),
+    ("no name of a language model", inside(enhancement_model="", user_requested_enhancement=True), {}),
+    (
         "strengths without a picture",
         snake(reference_strength=0.8, denoise_strength=0.2),
         {"reference_strength": (0.8, "none"), "denoise_strength": (0.2, "none")},
@@ -183,7 +204,28 @@ async def test_what_can_not_be_used_as_given_is_told(
     assert len(said["fixes_applied"]) == len(noted)
 
 
+OTHER_MODEL = {"enhancement_model": "mythomax"}
 REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
+    (
+        "another language model that would enhance",
+        inside(user_requested_enhancement=True, **OTHER_MODEL),
+        503,
+        "metadata.enhancement_model",
+    ),
+    (
+        "another language model by the strategy",
+        snake(enhancement_strategy="qwen", metadata=OTHER_MODEL),
+        503,
+        "metadata.enhancement_model",
+    ),
+    (
+        "another language model by the type",
+        old({"jobType": "image7b_fast_enhanced"}, **OTHER_MODEL),
+        503,
+        "metadata.enhancement_model",
+    ),
+    ("a language model that is a list", inside(enhancement_model=["x"]), 400, "enhancement_model"),
+    ("a language model of no character", inside(enhancement_model="a\0"), 400, "metadata.enhancement_model"),
     ("no type", {"prompt": "x"}, 400, "job_type"),
     ("a type that is none", snake(job_type="best"), 400, "job_type"),
     ("a model that is not there, before other faults", snake(job_type="rv51_fast", seed="x"), 503, "job_type"),
@@ -220,6 +262,14 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ),
     ("an unused description of what is never made", inside(originalEnhancedPrompt="a nude child"), 400, "prompt"),
     ("an unused prompt for what is never made", snake(original_prompt="a", prompt="a nude child"), 400, "prompt"),
+    ("a LoRA that is not here", snake(loras=[{"name": "ink"}]), 400, "loras"),
+    ("a LoRA without a name", inside(loras=[{"weight": 1}]), 400, "loras.0.name"),
+    ("LoRAs that are text", snake(loras="ink"), 400, "loras"),
+    ("an interval of one number", snake(guidance_interval=[0.5]), 400, "guidance_interval.1"),
+    ("an interval that ends before it starts", snake(guidance_interval=[0.5, 0.2]), 400, "guidance_interval"),
+    ("a reproducible that is text", snake(reproducible="yes"), 400, "reproducible"),
+    ("a mode that contradicts", snake(content_mode="sfw", contentType="nsfw"), 400, "contentType"),
+    ("a content mode that is none", snake(content_mode="image"), 400, "content_mode"),
     ("a model that is none", snake(model_type="dall-e"), 400, "model_type"),
     ("a model that is a list", snake(model_type=["sdxl"]), 400, "model_type"),
     ("a count in a string", snake(num_images="3"), 400, "num_images"),
@@ -247,6 +297,45 @@ async def test_what_can_not_be_is_refused_by_field(
     assert (said["success"], answer.headers["content-type"]) == (False, "application/json")
     assert said["error"] == said["details"] != ""
     assert await site.server.stored() == before
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "9" * 400])
+@pytest.mark.parametrize(
+    "name", ["guidance_scale", "denoise_strength", "reference_strength", "seed", "steps", "num_images"]
+)
+async def test_a_number_that_is_none_is_refused(site: Gallery, name: str, number: str) -> None:
+    before = await site.server.stored()
+    body = snake(reference_image_url=site.path, prompt="", metadata={"exact_copy_mode": True}) | {name: "@"}
+    raw = json.dumps(body).replace('"@"', number)
+    answer = await site.alice.post(QUEUE, content=raw, headers={"Content-Type": "application/json"})
+    if (name, number) == ("num_images", "9" * 400):  # a whole number, of which a job makes the most that it can
+        assert notes(answer.json())["num_images"] == (int(number), 6)
+        assert (await site.alice.get(f"/v1/jobs/{answer.json()['jobId']}")).status_code == 200
+        return
+    assert (answer.status_code, answer.json()["errors"][0]["field"]) == (400, name), answer.text
+    assert await site.server.stored() == before
+
+
+OF_V1_ALONE: dict[str, Any] = {
+    "callback_events": ["completed"],
+    "deadline_seconds": 5,
+    "enhance": False,
+    "mask_image_url": "https://8.8.8.8/",
+    "priority": "batch",
+    "references": [{"image": "https://8.8.8.8/"}],
+    "start_after_seconds": 5,
+    "start_deadline_seconds": 5,
+}
+
+
+@pytest.mark.parametrize("name", sorted(JobRequest.model_fields.keys() - READ))
+async def test_what_only_v1_reads_is_refused_by_name(site: Gallery, name: str) -> None:
+    for body, field in ((snake(), name), (old({}), name), (old(**{name: OF_V1_ALONE[name]}), f"metadata.{name}")):
+        given = body if field != name else body | {name: OF_V1_ALONE[name]}
+        answer = await site.alice.post(QUEUE, json=given)
+        assert (answer.status_code, [e["field"] for e in answer.json()["errors"]]) == (400, [field]), answer.text
+    carried = await site.row(await site.queue(**inside(**{name: OF_V1_ALONE[name]})))
+    assert carried["metadata"] == {name: OF_V1_ALONE[name]}
 
 
 async def test_a_repeat_with_a_key_makes_one_job(site: Gallery) -> None:

@@ -200,6 +200,22 @@ NOTED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"reference_strength": (0.5, 0.9)},
     ),
     ("two that agree", image("red", {"reference_strength": 0.85, "denoise_strength": 0.15}), {}),
+    ("too much noise", image("red", {"denoise_strength": 0.95}), {"denoise_strength": (0.95, 0.9)}),
+    ("all noise", image("red", {"denoise_strength": 1}), {"denoise_strength": (1, 0.9)}),
+    ("too little strength", image("red", {"reference_strength": 0.05}), {"reference_strength": (0.05, 0.1)}),
+    (
+        "too little, said in both ways",
+        image("red", {"reference_strength": 0, "denoise_strength": 1}),
+        {"denoise_strength": (1, 0.9), "reference_strength": (0, 0.1)},
+    ),
+    # 0.01 of 20 steps is none: 100 are the fewest of which one is left
+    ("no noise", image("red", {"denoise_strength": 0}), {"denoise_strength": (0, 0.01), "steps": (20, 100)}),
+    ("all strength", image("red", {"reference_strength": 1}), {"reference_strength": (1, 0.99), "steps": (20, 100)}),
+    (
+        "a copy with all strength",
+        image(top={"reference_strength": 1, "denoise_strength": 0}, exact_copy_mode=True),
+        {"denoise_strength": (0, 0.01), "reference_strength": (1, 0.99), "steps": (15, 100)},
+    ),
 ]
 
 
@@ -209,9 +225,7 @@ async def test_what_a_mode_does_not_use_is_told(site: Gallery, body: dict[str, A
 
 
 REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
-    ("too much noise", image("red", {"denoise_strength": 0.95}), 400, "denoise_strength"),
-    ("too little strength", image("red", {"reference_strength": 0.05}), 400, "reference_strength"),
-    ("no noise at all", image("red", {"denoise_strength": 0}), 400, "denoise_strength"),
+    ("less than nothing", image("red", {"denoise_strength": -0.1}), 400, "denoise_strength"),
     ("more than all", image("red", {"reference_strength": 1.1}), 400, "reference_strength"),
     ("a style", image("red", reference_type="style"), 503, "reference_type"),
     ("a character", image("red", reference_type="character"), 503, "reference_type"),
@@ -293,6 +307,15 @@ async def test_a_picture_that_only_steers_changes_no_other_number(steered: Galle
     assert [(one["kind"], one["strength"]) for one in params["references"]] == [(kind, 0.7)]
     assert (params["guidance_scale"], params["steps"], row["enhanced_prompt"]) == (6.0, 15, None)
     assert "bad anatomy" in params["negative_prompt"]
+
+
+@pytest.mark.parametrize(("asked", "used", "noted"), [(1, 1.0, {}), (0, 0.1, {"reference_strength": (0, 0.1)})])
+async def test_a_style_may_have_all_its_strength(
+    steered: Gallery, asked: float, used: float, noted: dict[str, Any]
+) -> None:
+    body = filled(image("red", {"reference_strength": asked}, reference_type="style"), steered.path)
+    said = await steered.queue(**body)
+    assert (said["job"]["params"]["references"][0]["strength"], notes(said)) == (used, noted)
 
 
 async def test_several_references_have_strengths_of_their_own(steered: Gallery) -> None:

@@ -15,6 +15,7 @@ from deployments.provider.claims import ProviderClaims
 from deployments.provider.run import Pace
 from tests.provider_standin import TOKEN, VERSION, Standin, standing_in, turn_on
 from tests.serve_app.conftest import InProcess, a_job, in_process
+from tests.serve_app.queueing import png
 
 IMAGE, WEBHOOK = "/functions/v1/replicate-image", "/functions/v1/replicate-webhook"
 JSON = {"Content-Type": "application/json"}
@@ -192,6 +193,43 @@ async def test_without_a_provider_the_image_is_made_here(outside: InProcess, bob
     assert (looked["status"], looked["provider"]) == ("starting", "local")
 
 
+async def test_what_stands_at_the_top_is_honoured_like_the_input(outside: InProcess, bob: httpx2.AsyncClient) -> None:
+    top = {"seed": 5, "steps": 3, "negative_prompt": "fog", "guidance_scale": 4.5, "num_images": 3}
+    size = {"width": 128, "height": 128}
+    same = {"input": size | {"seed": 5}, "metadata": {"aspectRatio": "16:9", "reference_strength": 0.5, "mine": 1}}
+    answer = (await bob.post(IMAGE, json={"prompt": "a mill", "contentType": "sfw"} | top | same)).json()
+    assert answer["success"], answer
+    row = await outside.pool.fetchrow("SELECT params, metadata FROM jobs")
+    params = row["params"]
+    assert {name: params[name] for name in top} == top
+    assert (params["content_mode"], params["width"], row["metadata"]["mine"]) == ("sfw", 128, 1)
+    assert top.keys().isdisjoint(row["metadata"])
+    assert [(note["field"], note["given"], note["used"]) for note in answer["adjustments"]] == [
+        ("reference_strength", 0.5, "none"),
+        ("aspectRatio", "16:9", "none"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "note", "kept"),
+    [
+        ({"input": {"prompt_strength": 1}}, ("input.prompt_strength", 1.0, 0.9), 0.1),
+        ({"input": {"strength": 0}}, ("input.strength", 0.0, 0.01), 0.99),
+        ({"reference_strength": 1}, ("reference_strength", 1.0, 0.99), 0.99),
+    ],
+)
+async def test_a_strength_that_can_not_be_is_told(
+    outside: InProcess, bob: httpx2.AsyncClient, given: dict[str, Any], note: tuple[Any, ...], kept: float
+) -> None:
+    sent = await bob.post("/v1/uploads", content=png(), headers={"Content-Type": "image/png"})
+    body = {"prompt": "a mill", "jobType": "sdxl_image_fast", "reference_image_url": sent.json()["id"], "steps": 100}
+    answer = await bob.post(IMAGE, json=body | given)
+    assert answer.status_code == 200, answer.text
+    assert [(one["field"], one["given"], one["used"]) for one in answer.json()["adjustments"]] == [note]
+    params = await outside.pool.fetchval("SELECT params FROM jobs")
+    assert params["references"][0]["strength"] == kept
+
+
 async def test_replicate_image_refuses(outside: InProcess, bob: httpx2.AsyncClient, provider: Standin) -> None:
     model = str(await turn_on(outside.pool, provider, family="sdxl"))
     off = str(await turn_on(outside.pool, provider, family="sdxl", model_key="off", is_active=False))
@@ -219,6 +257,13 @@ async def test_replicate_image_refuses(outside: InProcess, bob: httpx2.AsyncClie
         ({"metadata": {"consistency_method": "i2i_reference"}}, 400, "missing"),
         ({"metadata": {"consistency_method": "magic"}}, 400, "choice"),
         ({"metadata": {"contentType": "nsfw"}}, 403, "nsfw_not_allowed"),
+        ({"contentType": "nsfw"}, 403, "nsfw_not_allowed"),
+        ({"contentType": "gore"}, 400, "choice"),
+        ({"contentType": "sfw", "metadata": {"contentType": "nsfw"}}, 400, "conflict"),
+        ({"seed": 5, "input": {"seed": 6}}, 400, "conflict"),
+        ({"steps": 3, "input": {"num_inference_steps": 4}}, 400, "conflict"),
+        ({"loras": [{"name": "x"}]}, 400, "unsupported"),
+        ({"enhance": True}, 400, "unsupported"),
         ({"predictionId": 5}, 400, "type"),
         ({"predictionId": "a/b"}, 400, "type"),
     ):

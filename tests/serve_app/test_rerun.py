@@ -153,7 +153,12 @@ async def test_a_rerun_has_a_copy_of_the_reference(server: InProcess, alice: htt
     await server.pool.execute("UPDATE jobs SET params = params || $1", {"reference": reference})
     again = (await alice.post(job["urls"]["rerun"])).json()
     (own,) = again["params"]["references"]
-    assert own == reference | {"key": f"{user}/{again['id']}.png", "kind": "image", "asked_as": None}
+    assert own == reference | {
+        "key": f"{user}/{again['id']}.png",
+        "kind": "image",
+        "asked_as": None,
+        "signs": {"minors": 0, "sexual": 0},
+    }
     assert await server.blobs.get("reference_images", own["key"]) == b"picture"
 
     await server.blobs.delete("reference_images", [key])

@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from db.blobs import StorageUnavailable
 from db.jobs import Status
-from db.library import WORKSPACE_BUCKET
+from db.library import LIBRARY_BUCKET, WORKSPACE_BUCKET
 from db.uploads import UPLOAD_BUCKET
 from models.origin.pixels import decode, pixel_hash
 from tests.serve_app.queueing import QUEUE, STEERED, Gallery, gallery, png, send
@@ -144,6 +144,7 @@ HOSTILE: dict[str, Any] = {
     "a bucket alone": lambda _: "user-library/",
     "a folder": lambda site: f"{UPLOAD_BUCKET}/{site.alice_id}/uploads",
     "what is not there": lambda site: f"{site.path}.png",
+    "below a picture": lambda site: f"{site.path}/x.png",
     "an id of nobody": lambda _: str(UUID(int=9)),
     "an id of somebody else": lambda site: site.foreign_id,
     "a job's id": lambda site: site.made.split("/")[2],
@@ -241,6 +242,73 @@ async def test_sfw_takes_no_result_of_nsfw_mode(site: Gallery) -> None:
     for picture in (str(asset_id), path):
         answer = await site.alice.post("/v1/jobs", json=job(picture))
         assert (answer.status_code, answer.json()["code"]) == (403, "reference_not_allowed"), picture
+
+
+async def plain_result(site: Gallery, *, mode: str) -> tuple[UUID, UUID]:
+    """A result without a manifest, as a provider's are, of a job of this mode: the ids of the job and of the asset."""
+    asset_id, path = await result(site, png("navy"))
+    job_id = UUID(path.split("/")[2])
+    thumbnail = path.split("/", 1)[1].replace(".png", ".thumb.webp")
+    await site.server.blobs.put(WORKSPACE_BUCKET, thumbnail, png("navy", (16, 12)), "image/webp")
+    await site.server.pool.execute("UPDATE jobs SET content_mode = $2 WHERE id = $1", job_id, mode)
+    await site.server.pool.execute(
+        "UPDATE workspace_assets SET manifest = NULL, thumbnail_path = $2 WHERE id = $1", asset_id, thumbnail
+    )
+    return job_id, asset_id
+
+
+async def taken(site: Gallery, picture: str) -> tuple[int, str | None]:
+    """What an sfw job by either route says to a picture; both must say the same."""
+    answer, function = (
+        await site.alice.post("/v1/jobs", json=job(picture)),
+        await site.alice.post(QUEUE, json=job(picture)),
+    )
+    assert function.json().get("code") == answer.json().get("code")
+    assert (function.status_code == 200) == (answer.status_code == 202), function.text
+    return answer.status_code, answer.json().get("code")
+
+
+@pytest.mark.parametrize(("mode", "said"), [("nsfw", REFUSAL), ("sfw", (202, None))])
+async def test_sfw_takes_nothing_of_an_nsfw_job_that_has_no_manifest(
+    site: Gallery, mode: str, said: tuple[int, str | None]
+) -> None:
+    job_id, asset_id = await plain_result(site, mode=mode)
+    stem = f"{site.alice_id}/{job_id}"
+    await site.server.blobs.put(UPLOAD_BUCKET, f"{stem}.ref1.png", png("navy"), "image/png")
+    await site.server.blobs.put(WORKSPACE_BUCKET, f"{stem}/1/preview.webp", png("navy"), "image/webp")
+    files = (f"{WORKSPACE_BUCKET}/{stem}/1/{name}" for name in ("0.png", "0.thumb.webp", "preview.webp"))
+    for picture in (str(asset_id), *files, f"{UPLOAD_BUCKET}/{stem}.ref1.png", f"{stem}.ref1.png"):
+        assert await taken(site, picture) == said, picture
+    saved = (await site.alice.post(f"/v1/assets/{asset_id}/save", json={})).json()
+    statement = "SELECT storage_path, thumbnail_path FROM user_library WHERE id = $1"
+    for picture in (saved["id"], *await site.server.pool.fetchrow(statement, UUID(saved["id"]))):
+        assert await taken(site, picture) == said, picture
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"content_category": "nsfw"}, REFUSAL),
+        ({"generation_metadata": {"content_mode": "nsfw"}}, REFUSAL),
+        ({"content_category": "character", "generation_metadata": {"content_mode": "sfw"}}, (202, None)),
+    ],
+)
+async def test_sfw_takes_no_nsfw_item_that_another_system_has_saved(
+    site: Gallery, values: dict[str, Any], said: tuple[int, str | None]
+) -> None:
+    key = f"{site.alice_id}/older-{uuid4()}.png"
+    await site.server.blobs.put(LIBRARY_BUCKET, key, png("teal"), "image/png")
+    item = await site.server.pool.fetchval(
+        """INSERT INTO user_library (user_id, asset_type, storage_path, file_size_bytes, mime_type, original_prompt,
+             model_used, content_category, generation_metadata)
+           VALUES ($1, 'image', $2, 1, 'image/png', 'p', 'm', $3, $4) RETURNING id""",
+        UUID(site.alice_id),
+        key,
+        values.get("content_category", "general"),
+        values.get("generation_metadata", {}),
+    )
+    for picture in (str(item), f"{LIBRARY_BUCKET}/{key}", key):
+        assert await taken(site, picture) == said, picture
 
 
 async def test_nsfw_takes_nothing_else(site: Gallery) -> None:
