@@ -4,10 +4,10 @@ A report has no fence, so it may end only a job that none of our replicas holds;
 the job's provider. The queue's row is locked while a report ends its job, so of two reports one finds nothing to end.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, field
+from typing import Any, Self
 from uuid import UUID
 
 import asyncpg
@@ -23,6 +23,9 @@ class Reported:
     provider: str
     format: str
     model_type: str
+    original_prompt: str = field(repr=False)
+    enhanced_prompt: str | None = field(repr=False)
+    params: Mapping[str, Any] = field(repr=False)
     ended: bool
     provider_id: UUID | None
     output_hosts: Sequence[str]

@@ -24,8 +24,7 @@ from models.moderation import ClassifierUnavailable, ContentRefused, Decision, J
 from models.origin.manifest import SOFTWARE, Manifest, Origin, Pixels, describe, xmp
 from models.origin.pixels import decode, pixel_hash, samples_of
 from models.origin.provenance import ContentSigner, SigningUnavailable
-from models.params import GenerationParams
-from models.policy import signs_of
+from models.policy import signs_kept
 from models.prompting.signs import ACCOUNT, Signs
 
 log = structlog.get_logger()
@@ -299,4 +298,4 @@ def attempt_prefix(user_id: object, job_id: UUID, attempt: int) -> str:
 
 
 def _signs(job: Mapping[str, Any]) -> Signs:
-    return signs_of(GenerationParams.model_validate(job["params"]), job["original_prompt"], job["enhanced_prompt"])
+    return signs_kept(job["params"], job["original_prompt"], job["enhanced_prompt"])

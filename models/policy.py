@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
-from typing import Final
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
+
+from pydantic import ValidationError
 
 from models.catalog import RequestRefused
 from models.guiding.reference import WithReferences
@@ -69,6 +71,17 @@ def signs_of(params: GenerationParams, *prompts: str | None) -> Signs:
     for prompt in prompts:
         signs |= signs_in(with_weighted_terms(prompt or "", params))
     return signs
+
+
+def signs_kept(params: Mapping[str, Any], *prompts: str | None) -> Signs:
+    """The same for params as a row has them: where they are those of no generation, the prompts alone speak."""
+    try:
+        return signs_of(GenerationParams.model_validate(params), *prompts)
+    except ValidationError:
+        signs = NO_SIGNS
+        for prompt in prompts:
+            signs |= signs_in(prompt or "")
+        return signs
 
 
 def signs_beside(params: WithReferences) -> Signs:

@@ -82,7 +82,7 @@ async def _end(edge: Edge, job: Reported, report: Report, files: list[EncodedFil
         )
     settings = {"ran_at": "provider", "provider": job.provider, "reported": said}
     storing = Storing(edge.blobs, edge.signer, edge.settings.callback_url_seconds, STORE_SECONDS)
-    claim = Claim({"id": report.job_id, "user_id": job.user_id}, row.attempt, 0, 1)
+    claim = Claim({**vars(job), "id": report.job_id}, row.attempt, 0, 1)
     try:
         assets = await storing.put(claim, files, settings, job.model_type, lambda: None)
     except StorageFailed as error:

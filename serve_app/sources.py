@@ -16,14 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from pydantic import ValidationError
-
 from db.access import Principal
 from db.blobs import BUCKETS, BlobNotFound, InvalidBlobName
 from db.pictures import PICTURE_BUCKETS, Account, Origin, Pictures
 from models.origin.manifest import SOFTWARE
-from models.params import GenerationParams
-from models.policy import NO_SIGNS, signs_in, signs_of
+from models.policy import NO_SIGNS, signs_kept
 from models.prompting.signs import Signs
 from serve_app.api.problems import Problem
 from serve_app.edge import Edge
@@ -135,13 +132,8 @@ async def _found(edge: Edge, user: Principal, buckets: tuple[str, ...], key: str
 def _signs(accounts: Sequence[Account]) -> Signs:
     """Judged anew, since words that were kept may say more to today's policy than to that of their day."""
     signs = NO_SIGNS
-    for account in accounts:
-        signs |= Signs.told(account.signs)
-        try:
-            signs |= signs_of(GenerationParams.model_validate(account.params), *account.prompts)
-        except ValidationError:  # the job is gone, or ran in no model, as that of a copy
-            for prompt in account.prompts:
-                signs |= signs_in(prompt)
+    for account in accounts:  # the job may be gone, or have run in no model, as that of a copy
+        signs |= Signs.told(account.signs) | signs_kept(account.params, *account.prompts)
     return signs
 
 

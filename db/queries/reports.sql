@@ -1,6 +1,6 @@
 -- name: reported(job_id)^
 -- A job as a report of an outside provider finds it, and where that provider's files may come from.
-SELECT j.user_id, j.provider, j.format, j.model_type, j.completed_at IS NOT NULL AS ended, p.id AS provider_id,
+SELECT j.user_id, j.provider, j.format, j.model_type, j.original_prompt, j.enhanced_prompt, j.params, j.completed_at IS NOT NULL AS ended, p.id AS provider_id,
        coalesce(p.output_hosts, '{}') AS output_hosts
 FROM jobs j LEFT JOIN api_providers p ON p.name = j.provider WHERE j.id = :job_id;
 

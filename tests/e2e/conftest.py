@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -140,11 +141,22 @@ class Running:
         return str(self.client.get("/v1/callbacks/secret").json()["secret"])
 
 
+CLUSTER = ExitStack()
+
+
 @pytest.fixture(scope="session")
 def running() -> Iterator[Running]:
-    """A cluster that serves. Stopped at the end of the tests."""
-    with state_folder() as folder:
-        yield from run_cluster(folder)
+    """A cluster that serves. Stopped at the end of these tests."""
+    with CLUSTER:
+        folder = CLUSTER.enter_context(state_folder())
+        yield CLUSTER.enter_context(contextmanager(run_cluster)(folder))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Idle, a cluster takes processor time as well: it ends with the last test of this folder, not of all."""
+    if nextitem is None or nextitem.path.parent != item.path.parent:
+        CLUSTER.close()
 
 
 def run_cluster(folder: Path) -> Iterator[Running]:
