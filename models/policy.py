@@ -7,7 +7,7 @@ Two rules, for every text that will be drawn, the enhanced prompt as well as the
   minors by an unmistakable word or age runs in sfw mode only;
 * sexual content is refused in sfw mode (`content_sexual_in_sfw`).
 
-A picture that something is made from counts with the words that it was made from itself: `signs_of` tells them, and
+A picture that something is made from counts with the words that it was made from itself: `signs_kept` tells them, and
 what was made keeps them as `Signs`.
 
 Negative prompts name what shall *not* appear: "child, nude" is right there, so they are not given to
@@ -65,23 +65,17 @@ def with_weighted_terms(prompt: str, params: GenerationParams) -> str:
     return f"{prompt}, {terms}" if terms else prompt
 
 
-def signs_of(params: GenerationParams, *prompts: str | None) -> Signs:
-    """The signs of what a generation shows: of all prompts that it was asked by, and of its references."""
-    signs = signs_beside(params)
-    for prompt in prompts:
-        signs |= signs_in(with_weighted_terms(prompt or "", params))
-    return signs
-
-
 def signs_kept(params: Mapping[str, Any], *prompts: str | None) -> Signs:
-    """The same for params as a row has them: where they are those of no generation, the prompts alone speak."""
+    """The signs of what a generation shows, by its params as a row has them: of all prompts that it was asked by, and
+    of its references. Where the params are those of no generation, the prompts alone speak."""
     try:
-        return signs_of(GenerationParams.model_validate(params), *prompts)
+        asked = GenerationParams.model_validate(params)
     except ValidationError:
-        signs = NO_SIGNS
-        for prompt in prompts:
-            signs |= signs_in(prompt or "")
-        return signs
+        return signs_in(", ".join(filter(None, prompts)))
+    signs = signs_beside(asked)
+    for prompt in prompts:
+        signs |= signs_in(with_weighted_terms(prompt or "", asked))
+    return signs
 
 
 def signs_beside(params: WithReferences) -> Signs:
