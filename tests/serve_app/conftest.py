@@ -21,6 +21,7 @@ from deployments.prompting import negative_rows, template_rows
 from deployments.settings import Settings
 from serve_app.app import api
 from serve_app.edge import Edge
+from tests.provider_standin import Standin, standing_in
 
 BASE = "http://api.test"
 SECRET = "s" * 40
@@ -116,6 +117,13 @@ async def in_process(database: Any, folder: Path, **changes: Any) -> AsyncIterat
 def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One state folder for all, so that the tiny weights are made once; no test's rows or files are in it."""
     return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture
+async def provider() -> AsyncIterator[Standin]:
+    """The stand-in of an outside provider."""
+    async with standing_in() as standin:
+        yield standin
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from models.catalog import Family
 from models.prompting.prompts import TokenCounter
-from tests.provider_standin import Standin, standing_in, turn_on
+from tests.provider_standin import Standin, turn_on
 from tests.serve_app.conftest import InProcess, in_process
 
 QUEUE, ROWS, IMAGE = (f"/functions/v1/{name}" for name in ("queue-job", "get-negative-prompt", "replicate-image"))
@@ -134,12 +134,6 @@ async def test_without_guidance_the_rows_are_left_out_and_the_callers_words_refu
 
 
 # ------------------------------------------------------------------------------------------------- at a provider
-
-
-@pytest.fixture
-async def provider() -> AsyncIterator[Standin]:
-    async with standing_in() as standin:
-        yield standin
 
 
 @pytest.fixture

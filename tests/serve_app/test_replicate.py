@@ -13,19 +13,13 @@ from db.jobs import Status
 from deployments.metrics import Metrics
 from deployments.provider.claims import ProviderClaims
 from deployments.provider.run import Pace
-from tests.provider_standin import TOKEN, VERSION, Standin, standing_in, turn_on
+from tests.provider_standin import TOKEN, VERSION, Standin, turn_on
 from tests.serve_app.conftest import InProcess, a_job, in_process
 from tests.serve_app.queueing import png
 
 IMAGE, WEBHOOK = "/functions/v1/replicate-image", "/functions/v1/replicate-webhook"
 JSON = {"Content-Type": "application/json"}
 KEY = base64.b64encode(b"k" * 32).decode()
-
-
-@pytest.fixture
-async def provider() -> AsyncIterator[Standin]:
-    async with standing_in() as standin:
-        yield standin
 
 
 @pytest.fixture

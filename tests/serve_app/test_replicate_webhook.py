@@ -18,18 +18,12 @@ from standardwebhooks import Webhook
 
 from db.notify import QUEUE_CHANNEL, Listener
 from db.providers import Providers
-from tests.provider_standin import VERSION, Standin, standing_in, turn_on
+from tests.provider_standin import VERSION, Standin, turn_on
 from tests.serve_app.conftest import InProcess, a_job, in_process
 
 IMAGE, WEBHOOK = "/functions/v1/replicate-image", "/functions/v1/replicate-webhook"
 JSON = {"Content-Type": "application/json"}
 KEY = base64.b64encode(b"k" * 32).decode()
-
-
-@pytest.fixture
-async def provider() -> AsyncIterator[Standin]:
-    async with standing_in() as standin:
-        yield standin
 
 
 @pytest.fixture
