@@ -105,6 +105,7 @@ class NewJob:
     deadline_seconds: float | None = None
     batch_size: int | None = None  # images at a time; None: all of them
     shape: str | None = None  # jobs of one shape share forwards
+    rows: int | None = None  # of it in one step
     loras: Sequence[str] = ()
     provider: str = "local"  # or an outside one, whose model is `api_model_id`
     api_model_id: UUID | None = None
@@ -312,13 +313,21 @@ class Jobs:
         queue: str,
         cost: float,
         shape: str | None = None,
+        rows: int | None = None,
         loras: Sequence[str] = (),
         exempt: bool = False,
     ) -> bool:
         """Queue a failed or cancelled job again with a new budget and its deadlines counted from now. False when it is
         in no such state. Raises `LimitReached`."""
         row = await self._sql.retry(
-            self._pool, job_id=job_id, queue=queue, cost=cost, shape=shape, loras=list(loras), exempt=exempt
+            self._pool,
+            job_id=job_id,
+            queue=queue,
+            cost=cost,
+            shape=shape,
+            rows=rows,
+            loras=list(loras),
+            exempt=exempt,
         )
         if row is not None and row["refusal"] is not None:
             raise LimitReached.from_json(row["refusal"])

@@ -58,9 +58,10 @@ class Claim:
 @dataclass(frozen=True)
 class Fit:
     """What runs already: jobs of these `shapes`, with no LoRA but `loras`, share its forwards and are taken first,
-    within `FIT_WINDOW_SECONDS` of fair share."""
+    within `FIT_WINDOW_SECONDS` of fair share. Each shape with the most rows of it that the free memory has room for, or
+    None where that is not known."""
 
-    shapes: Collection[str]
+    shapes: Mapping[str, int | None]
     loras: Collection[str] = ()
 
 

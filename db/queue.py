@@ -71,6 +71,7 @@ class Queue:
             slots=slots,
             worker=worker,
             shapes=list(fit.shapes),
+            most_rows=list(fit.shapes.values()),
             loras=list(fit.loras),
             window=FIT_WINDOW_SECONDS,
             look=FIT_LOOK * slots,

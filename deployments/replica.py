@@ -136,10 +136,10 @@ class Replica:
         )
 
     def _fit(self) -> Fit | None:
-        """What shares the forwards of the jobs that run now, and loads no LoRA for it."""
+        """What shares the forwards of the jobs that run now, has room beside them, and loads no LoRA for it."""
         if self.engine is None:
             return None
-        shapes = [shape.name for shape in self.engine.shapes(self.spec.model_name)]
+        shapes = {shape.name: rows for shape, rows in self.engine.shapes(self.spec.model_name).items()}
         adapters = getattr(self.model, "adapters", None)
         return Fit(shapes, adapters.names_loaded if adapters is not None else ())
 

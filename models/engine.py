@@ -129,14 +129,15 @@ class Engine:
         with self._changed:
             return max(0, self.slots - len(self._waiting) - self._denoising())
 
-    def shapes(self, model_name: str) -> set[Shape]:
-        """The shapes of what one of its models runs or is about to: more of these share its forwards."""
+    def shapes(self, model_name: str) -> dict[Shape, int | None]:
+        """The shapes of what one of its models runs or is about to, as more of these share its forwards; each with the
+        most rows of a step that the free memory has room for, or None where that is not known."""
         with self._changed:
             requests = [run.ticket.request for run in self._runs if not run.ticket.progress.denoised]
             requests += [ticket.request for ticket in self._waiting]
-        return {
-            shape_of(request.params) for request in requests if (request.model or self.model.model_name) == model_name
-        }
+        shapes = {shape_of(r.params) for r in requests if (r.model or self.model.model_name) == model_name}
+        costs, free = self.costs[model_name], self._forwards.free_bytes(self.models[model_name].device)
+        return {shape: costs.most_rows(shape, free) for shape in shapes}
 
     def start(self) -> None:
         """Starts the engine thread, which loads and warms the models; await `ready` for the outcome."""

@@ -10,7 +10,7 @@ from db.access import Principal
 from db.blobs import BlobNotFound
 from db.jobs import Accepted, JobRecord, NewJob, Stage, Status
 from models.catalog import resolve
-from models.denoising.costs import shape_name
+from models.denoising.costs import rows_of, shape_name
 from models.lora.loras import lora_errors
 from models.params import GenerationParams, InvalidParams
 from models.policy import signs_beside
@@ -68,6 +68,7 @@ async def rerun(
         enhancement_strategy=strategy_of(False, params.compel_enabled),
         params=params.model_dump(mode="json"),
         shape=shape_name(params),
+        rows=rows_of(params),
         loras=[use.name for use in params.loras],
         content_mode=params.content_mode,
         metadata={"rerun_of": row["id"]},

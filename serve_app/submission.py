@@ -14,7 +14,7 @@ from db.jobs import Accepted, NewJob, Stage
 from db.pool import CONNECTION_FAULTS
 from db.providers import PROVIDER_QUEUE
 from models.catalog import Family
-from models.denoising.costs import shape_name
+from models.denoising.costs import rows_of, shape_name
 from models.prompting.enhancement import strategy_of
 from serve_app.admission import Checked, Submission, check
 from serve_app.api.problems import Problem, problem_of
@@ -145,6 +145,7 @@ async def _prepare(edge: Edge, user: Principal, asked: Submission, checked: Chec
         enhancement_strategy=strategy_of(checked.enhances, params.compel_enabled),
         params=params.model_dump(mode="json"),
         shape=shape_name(params),
+        rows=rows_of(params),
         loras=[use.name for use in params.loras],
         content_mode=params.content_mode,
         metadata=asked.metadata,

@@ -8,7 +8,7 @@ WITH asked AS MATERIALIZED (
     original_prompt text, enhanced_prompt text, params jsonb, metadata jsonb, adjustments jsonb, max_attempts int,
     callback_url text, callback_events text[], destination text, traceparent text,
     queue text, class smallint, cost real, start_after_seconds double precision, start_deadline_seconds double precision,
-    deadline_seconds double precision, credits numeric, batch_size smallint, shape text, loras text[], provider text,
+    deadline_seconds double precision, credits numeric, batch_size smallint, shape text, rows smallint, loras text[], provider text,
     api_model_id uuid, template_name text, enhancement_strategy text)
 ), verdict AS MATERIALIZED (
   SELECT admitted.* FROM (
@@ -33,13 +33,13 @@ WITH asked AS MATERIALIZED (
   RETURNING id
 ), queued AS (
   INSERT INTO job_queue (job_id, user_id, queue, class, tag, cost, state, run_at, max_attempts, start_deadline, deadline,
-                         batch_size, shape, loras)
+                         batch_size, shape, rows, loras)
   SELECT id, user_id, queue, class,
          CASE WHEN start_after_seconds > 0 THEN 0 ELSE ourvidz.next_tag(queue, user_id, class, cost) END, cost,
          (CASE WHEN start_after_seconds > 0 THEN 'scheduled' ELSE 'ready' END)::queue_state,
          now() + make_interval(secs => coalesce(start_after_seconds, 0)),
          max_attempts, now() + make_interval(secs => start_deadline_seconds),
-         now() + make_interval(secs => deadline_seconds), batch_size, shape, loras
+         now() + make_interval(secs => deadline_seconds), batch_size, shape, rows, loras
   FROM (SELECT * FROM given ORDER BY queue, user_id, class, id) in_order
 ), noted AS (
   INSERT INTO job_events (job_id, user_id, attempt, kind, data)
@@ -113,7 +113,7 @@ FROM jobs j LEFT JOIN job_queue q ON q.job_id = j.id WHERE j.id = ANY(:job_ids::
 SELECT id, job_id, attempt, kind, at, data FROM job_events
 WHERE job_id = :job_id AND id > :after_id ORDER BY id LIMIT :page_size::int;
 
--- name: retry(job_id, cost, queue, shape, loras, exempt)^
+-- name: retry(job_id, cost, queue, shape, rows, loras, exempt)^
 -- A new budget for a job that failed or was cancelled. The attempt goes on counting, so that a late replica stays out;
 -- its deadlines are counted anew, as a retry is a new run. It is charged where its charge was given back; no row comes back
 -- where it is in no such state, and a `refusal` where the limits refuse it.
@@ -139,10 +139,10 @@ WITH ended AS MATERIALIZED (
   FROM verdict WHERE refusals = '{}' AND charging AND NOT :exempt::boolean AND price > 0
 ), queued AS (
   INSERT INTO job_queue (job_id, user_id, queue, class, tag, cost, attempt, max_attempts, started_at, start_deadline,
-                         deadline, shape, loras)
+                         deadline, shape, rows, loras)
   SELECT id, user_id, :queue, class, ourvidz.next_tag(:queue, user_id, class, :cost), :cost, attempts, max_attempts,
          started_at, now() + make_interval(secs => start_deadline_seconds), now() + make_interval(secs => deadline_seconds),
-         :shape, :loras
+         :shape, :rows, :loras
   FROM again
 ), noted AS (
   INSERT INTO job_events (job_id, user_id, attempt, kind, data)

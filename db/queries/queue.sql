@@ -1,19 +1,22 @@
--- name: fitting(queue, slots, worker, shapes, loras, window, look)
+-- name: fitting(queue, slots, worker, shapes, most_rows, loras, window, look)
 -- Of the first `look` waiting jobs, those that may be taken before their turn because they share the forwards of what
--- runs already: of the highest class, at most `window` seconds of fair share behind the first, of one of the `shapes`, and
--- with no LoRA but these. Nothing is locked; what is gone at the claim is not taken.
+-- runs already: of the highest class, at most `window` seconds of fair share behind the first, of one of the `shapes`
+-- with at most as many rows of it as there is memory for (null: any), and with no LoRA but these. Nothing is locked; what is
+-- gone at the claim is not taken.
 WITH head AS MATERIALIZED (
-  SELECT job_id, class, tag, shape, loras, enqueued_at FROM job_queue
+  SELECT job_id, class, tag, shape, rows, loras, enqueued_at FROM job_queue
   WHERE queue = :queue AND state = 'ready'
     AND (start_deadline IS NULL OR start_deadline > now() OR claimed_at IS NOT NULL) AND (deadline IS NULL OR deadline > now())
     AND (avoid_until IS NULL OR avoid_until <= now() OR avoid_worker <> :worker)
   ORDER BY class DESC, tag, job_id LIMIT :look::int
 )
-SELECT h.job_id FROM head h, (SELECT class, tag, enqueued_at FROM head ORDER BY class DESC, tag, job_id LIMIT 1) first
+SELECT h.job_id
+FROM head h JOIN unnest(:shapes::text[], :most_rows::int[]) AS running (shape, rows) USING (shape),
+     (SELECT class, tag, enqueued_at FROM head ORDER BY class DESC, tag, job_id LIMIT 1) first
 WHERE h.class = first.class AND h.tag <= first.tag + :window::float8
   -- and by the clock as well: the tags of ever new users do not grow
   AND first.enqueued_at > now() - make_interval(secs => :window::float8)
-  AND h.shape = ANY (:shapes::text[]) AND coalesce(h.loras, '{}') <@ :loras::text[]
+  AND (h.rows <= running.rows) IS NOT FALSE AND coalesce(h.loras, '{}') <@ :loras::text[]
 ORDER BY h.tag, h.job_id LIMIT :slots::int;
 
 -- name: claim(queue, slots, worker, lease_seconds, chosen, least_class)

@@ -163,9 +163,21 @@ class Costs:
         best = max(throughput.values())
         cap = min(rows for rows, value in throughput.items() if value >= WORTHWHILE * best)
         cap = max(1, round(cap / scale)) if scale > 1 else cap
-        if self.room_bytes is not None and self.bytes_per_row_pixel:
-            cap = max(1, min(cap, int(self.room_bytes // (self.bytes_per_row_pixel * shape.volume))))
+        room = self._rows_within(shape, self.room_bytes)
+        if room is not None:
+            cap = max(1, min(cap, room))
         return cap if lowered is None else min(cap, lowered)
+
+    def most_rows(self, shape: Shape, free_bytes: int | None) -> int | None:
+        """The rows of one step, see `rows_of`, that so much free memory has room for; None where it is not known."""
+        room = self._rows_within(shape, free_bytes)
+        return room * 2 if room is not None and self.branches_apart else room
+
+    def _rows_within(self, shape: Shape, free_bytes: int | None) -> int | None:
+        """The rows of one forward that so much memory has room for; None where nothing was measured."""
+        if free_bytes is None or not self.bytes_per_row_pixel:
+            return None
+        return int(free_bytes // (self.bytes_per_row_pixel * shape.volume))
 
     def lower_cap(self, shape: Shape, rows: int) -> None:
         """A forward of so many rows had no room: at most half for now. What took the room may go away again."""

@@ -12,6 +12,7 @@ import structlog
 from models.denoising.costs import Costs, Shape
 from models.denoising.denoiser import run_together
 from models.denoising.lanes import Pace
+from models.denoising.measuring import room_bytes
 from models.denoising.order import Order
 from models.denoising.runs import Run
 from models.generation import (
@@ -26,6 +27,8 @@ log = structlog.get_logger()
 
 Outcome = tuple[Run, object, GenerationError | None]
 
+LOOK_SECONDS = 1.0  # between two looks at the free memory, which asks the driver
+
 
 class Forwards:
     """The denoising thread's way through the parked requests, one forward at a time."""
@@ -34,6 +37,7 @@ class Forwards:
         self.count = self.rows = 0
         self._order = Order()
         self._paces: dict[str, Pace] = {}
+        self._free: dict[str, tuple[float, int | None]] = {}
 
     def step(self, parked: Sequence[Run]) -> list[Outcome]:
         """Run the next forward: those that were in it, with their outputs or errors."""
@@ -55,7 +59,21 @@ class Forwards:
         for index, run in enumerate(parked):
             if index not in indices:
                 run.ticket.advance()  # it is alive; it has given way
-        return self._run([run for index, run in enumerate(parked) if index in indices])
+        chosen = [run for index, run in enumerate(parked) if index in indices]
+        outcomes = self._run(chosen)
+        self._look(chosen[0].model.device)
+        return outcomes
+
+    def free_bytes(self, device: str) -> int | None:
+        """The memory of a device that was free between two of the last forwards, for whatever runs beside us takes its
+        part; None before the first, and for the host. May be asked from any thread."""
+        return self._free.get(device, (0.0, None))[1]
+
+    def _look(self, device: str) -> None:
+        now = time.monotonic()
+        if device not in self._free or now - self._free[device][0] >= LOOK_SECONDS:
+            with contextlib.suppress(RuntimeError):  # a card that is lost says so at the next forward
+                self._free[device] = now, room_bytes(device)
 
     def _run(self, runs: Sequence[Run]) -> list[Outcome]:
         """The outputs of the parked calls, run together; where that fails, each alone, so that only the guilty fail."""

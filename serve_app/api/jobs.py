@@ -14,7 +14,7 @@ from db.pool import as_user
 from db.providers import PROVIDER_QUEUE
 from deployments.storing import BUCKET, REFERENCE_BUCKET
 from models.catalog import Family, resolve
-from models.denoising.costs import shape_name
+from models.denoising.costs import rows_of, shape_name
 from models.params import GenerationParams, GivenParams
 from models.policy import signs_beside
 from serve_app.admission import Submission, check_content_mode, check_words
@@ -179,6 +179,7 @@ async def retry_job(job_id: UUID, edge: EdgeDep, user: User) -> Job:
         queue=queue,
         cost=cost,
         shape=shape_name(params),
+        rows=rows_of(params),
         loras=[use.name for use in params.loras],
         exempt=user.is_admin(),
     ):

@@ -31,7 +31,7 @@ async def test_first_in_line_waits_no_longer_than_the_window_by_the_clock(databa
         "UPDATE job_queue SET enqueued_at = now() - make_interval(secs => $1)", FIT_WINDOW_SECONDS
     )
     await accept(database, SMALL)
-    assert await claimed(database, 1, Fit([SMALL])) == {first}
+    assert await claimed(database, 1, Fit({SMALL: None})) == {first}
 
 
 async def claimed(database: Any, slots: int, fit: Fit | None) -> set[UUID]:
@@ -46,20 +46,20 @@ async def test_order_stands_where_nothing_runs(database: Any) -> None:
 @pytest.mark.parametrize("slots", [1, 2])
 async def test_jobs_of_the_running_shape_come_first(database: Any, slots: int) -> None:
     made = await accept(database, LARGE, SMALL, LARGE, SMALL)
-    assert await claimed(database, slots, Fit([SMALL])) == set([made[1], made[3]][:slots])
-    assert made[0] in await claimed(database, 2, Fit([SMALL]))
+    assert await claimed(database, slots, Fit({SMALL: None})) == set([made[1], made[3]][:slots])
+    assert made[0] in await claimed(database, 2, Fit({SMALL: None}))
 
 
 async def test_slots_that_nothing_fits_are_filled_in_order(database: Any) -> None:
     made = await accept(database, LARGE, LARGE, SMALL)
-    assert await claimed(database, 2, Fit([SMALL])) == {made[2], made[0]}
+    assert await claimed(database, 2, Fit({SMALL: None})) == {made[2], made[0]}
 
 
 async def test_no_job_comes_more_than_the_window_before_its_turn(database: Any) -> None:
     user = await database.user()
     first, *_ = await accept(database, LARGE, user=user, cost=FIT_WINDOW_SECONDS + 1)
     await accept(database, SMALL, user=user)
-    assert await claimed(database, 1, Fit([SMALL])) == {first}
+    assert await claimed(database, 1, Fit({SMALL: None})) == {first}
 
 
 async def test_job_at_the_head_is_passed_over_a_bounded_number_of_times(database: Any) -> None:
@@ -68,7 +68,7 @@ async def test_job_at_the_head_is_passed_over_a_bounded_number_of_times(database
     first, *_ = await accept(database, LARGE, user=user)
     await accept(database, *[SMALL] * 30, user=user)
     passed = 0
-    while first not in await claimed(database, 1, Fit([SMALL])):
+    while first not in await claimed(database, 1, Fit({SMALL: None})):
         passed += 1
     assert passed <= FIT_WINDOW_SECONDS
 
@@ -76,27 +76,36 @@ async def test_job_at_the_head_is_passed_over_a_bounded_number_of_times(database
 async def test_background_never_comes_before_interactive(database: Any) -> None:
     (interactive,) = await accept(database, LARGE)
     await accept(database, SMALL, klass=0)
-    assert await claimed(database, 1, Fit([SMALL])) == {interactive}
+    assert await claimed(database, 1, Fit({SMALL: None})) == {interactive}
 
 
 async def test_loras_that_would_have_to_be_loaded_do_not_fit(database: Any) -> None:
     plain, with_lora = await accept(database, LARGE, SMALL, loras=["ink"])
-    assert await claimed(database, 1, Fit([SMALL], ["pastel"])) == {plain}
-    assert await claimed(database, 1, Fit([SMALL], ["pastel", "ink"])) == {with_lora}
+    assert await claimed(database, 1, Fit({SMALL: None}, ["pastel"])) == {plain}
+    assert await claimed(database, 1, Fit({SMALL: None}, ["pastel", "ink"])) == {with_lora}
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(2, True), (3, False), (None, True)])
+async def test_jobs_that_the_free_memory_has_no_room_for_keep_their_place(
+    database: Any, rows: int | None, fits: bool
+) -> None:
+    first, *_ = await accept(database, LARGE, rows=1)
+    (beside,) = await accept(database, SMALL, rows=rows)
+    assert await claimed(database, 1, Fit({LARGE: 0, SMALL: 2})) == {beside if fits else first}
 
 
 async def test_paused_queue_gives_nothing_that_fits(database: Any) -> None:
     await accept(database, SMALL)
     await Queue(database.pool).pause("sdxl", True)
-    assert await claimed(database, 1, Fit([SMALL])) == set()
+    assert await claimed(database, 1, Fit({SMALL: None})) == set()
 
 
 async def test_retried_job_keeps_its_fit(database: Any) -> None:
     (job_id,) = await accept(database, SMALL)
     assert await Queue(database.pool).cancel(job_id) == "cancelled"
-    assert await Jobs(database.pool).retry(job_id, queue="sdxl", cost=1.0, shape=SMALL, loras=["ink"])
-    row = await database.pool.fetchrow("SELECT shape, loras FROM job_queue WHERE job_id = $1", job_id)
-    assert tuple(row) == (SMALL, ["ink"])
+    assert await Jobs(database.pool).retry(job_id, queue="sdxl", cost=1.0, shape=SMALL, rows=2, loras=["ink"])
+    row = await database.pool.fetchrow("SELECT shape, rows, loras FROM job_queue WHERE job_id = $1", job_id)
+    assert tuple(row) == (SMALL, 2, ["ink"])
 
 
 def test_more_is_looked_at_than_is_taken() -> None:

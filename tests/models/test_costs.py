@@ -202,6 +202,18 @@ def test_room_bounds_the_cap_and_what_is_tried() -> None:
     assert not costs.has_room(params(width=128, height=128), 2)
 
 
+def test_free_memory_has_room_for_so_many_rows() -> None:
+    costs = profile({1: 1.0, 2: 2.0})
+    free = 4 * 10 * SMALL.volume + 1
+    assert costs.most_rows(SMALL, free) is None  # nothing was measured
+    costs.bytes_per_row_pixel = 10.0
+    assert costs.most_rows(SMALL, None) is None
+    assert costs.most_rows(SMALL, free) == 4
+    assert costs.most_rows(SMALL._replace(frames=5), free) == 0
+    costs.branches_apart = True  # two forwards make a guided step
+    assert costs.most_rows(SMALL, free) == 8
+
+
 def test_profile_is_read_by_the_same_model_and_nobody_else(tmp_path: Path) -> None:
     costs = profile({1: 1.0, 2: 2.0})
     costs.decoded(SMALL, 1, 4.0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from models.denoising import forwards
 from models.denoising.costs import Costs, Shape, shape_of
 from models.engine import (
     Cancelled,
@@ -229,6 +230,22 @@ async def test_what_can_not_fit_is_not_tried(sdxl: SDXL, image_request: Make) ->
     assert refused.message == "a step needs 24.0 GiB beside the weights, and there are 16.0"
     assert made.seeds == [11, 12]
     assert set(gate.rows) == {4}
+
+
+async def test_shapes_that_run_are_told_with_the_rows_that_free_memory_holds(
+    sdxl: SDXL, image_request: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, free = Gate(at=2), 5 * 64 * 64 * 2**20
+    monkeypatch.setattr(forwards, "room_bytes", lambda device: free)
+    async with running(sdxl) as engine:
+        engine.costs[sdxl.model_name].bytes_per_row_pixel = 2.0**20
+        assert engine.shapes(sdxl.model_name) == {}
+        with before_forwards(sdxl._pipeline.unet, gate):
+            ticket = engine.submit(image_request())
+            await gate.reached()
+            assert engine.shapes(sdxl.model_name) == {Shape(64, 64, 1): 5}
+            gate.open()
+            await ticket.result()
 
 
 async def test_only_denoising_is_done_on_the_denoising_thread(
