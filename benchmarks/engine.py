@@ -6,7 +6,8 @@ Every denoise step and every decode really runs, on the tiny SDXL checkpoint wit
 a forward of 8 rows costs little more than one of 2 ("launch-bound", as small pictures are on a large card), and at 320
 pixels, where it costs in proportion ("compute-bound"). The clock of arrivals and latencies is the CPU time of this
 process, so that other tenants of the machine do not count and idle waits cost nothing. All policies get the same
-arrivals in each round, in turn; the table has the medians of the rounds.
+arrivals in each round, in turn; the table has the medians of the rounds. The load is that of each round's own arrivals:
+their work, as FIFO does it, over the time in which they come.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ SHORT = 4
 LOADS = (0.5, 0.9, 1.5)
 REGIMES = {"launch-bound": 64, "compute-bound": 320}
 BATCH, BATCH_WAIT_SECONDS = 8, 0.1
+CALIBRATION = 5  # jobs of each kind that FIFO is timed with
+NUMBERS = count()  # of jobs: each prompt is new, so that nobody finds its encoding in the cache
 OVERHEAD_LIMIT_MS = 3.0
 
 
@@ -78,14 +82,18 @@ class Clock:
         self._skipped += max(0.0, moment - self.now())
 
 
-def trace(pixels: int, count: int, rate: float, seed: int) -> list[Job]:
-    """Poisson arrivals at `rate` jobs a second."""
+def trace(pixels: int, size: int, load: float, service: dict[int, float], seed: int) -> list[Job]:
+    """Poisson arrivals whose work is `load` of the time until the last; `service` are FIFO's seconds by steps."""
     chance = random.Random(seed)
     jobs, now = [], 0.0
-    for number in range(count):
-        now += chance.expovariate(rate)
+    for _ in range(size):
+        now += chance.expovariate(1.0)
         steps = chance.choices([steps for steps, _ in MIX], [share for _, share in MIX])[0]
-        jobs.append(Job(number, steps, pixels, now))
+        jobs.append(Job(next(NUMBERS), steps, pixels, now))
+    # a hundred draws have some tenths more or less work, or time, than is to be expected
+    scale = sum(service[job.steps] for job in jobs) / (load * now)
+    for job in jobs:
+        job.arrival *= scale
     return jobs
 
 
@@ -164,7 +172,7 @@ def summary(jobs: list[Job]) -> tuple[float, float, float, float]:
     return statistics.mean(latencies), p95, statistics.mean(short), len(jobs) / span
 
 
-async def latency(model: SDXL, folder: Path, count: int, rounds: int) -> bool:
+async def latency(model: SDXL, folder: Path, requests: int, rounds: int) -> bool:
     # the clock is that of one core: what went on beside the steps would count twice
     engine = Engine(model, slots=64, costs_folder=folder, overlap=False)
     engine.start()
@@ -175,12 +183,12 @@ async def latency(model: SDXL, folder: Path, count: int, rounds: int) -> bool:
     print("|---" * (len(columns) + 3) + "|")
     for regime, pixels in REGIMES.items():
         await profile_size(engine, model, pixels)
-        capacity = measured_capacity(model, pixels)
+        service = measured_service(model, pixels)
         for load in LOADS:
             results: dict[str, list[tuple[float, float, float, float]]] = {}
             for seed in range(rounds):
                 for policy in ("FIFO", "serve.batch", "engine"):
-                    jobs = trace(pixels, count, load * capacity, seed)
+                    jobs = trace(pixels, requests, load, service, seed)
                     gc.collect()
                     if policy == "FIFO":
                         await asyncio.to_thread(fifo, model, jobs)
@@ -235,34 +243,33 @@ async def profile_size(engine: Engine, model: SDXL, pixels: int) -> None:
     print(f"\n{pixels} x {pixels}: ms of a forward by rows: {curve}; cap {costs.cap(shape)} rows\n", flush=True)
 
 
-def measured_capacity(model: SDXL, pixels: int) -> float:
-    """Jobs a second of FIFO: from one job of each kind."""
-    seconds = 0.0
-    for number, (steps, share) in enumerate(MIX):
-        request = Job(number, steps, pixels, 0.0).request
-        model.generate(request, Control())
+def measured_service(model: SDXL, pixels: int) -> dict[int, float]:
+    """Seconds of FIFO for a job, by steps: medians of jobs that take turns, each with a prompt of its own."""
+    seconds: dict[int, list[float]] = {steps: [] for steps, _ in MIX}
+    for steps in [steps for steps, _ in MIX] * CALIBRATION:
+        request = Job(next(NUMBERS), steps, pixels, 0.0).request
         started = time.process_time()
         model.generate(request, Control())
-        seconds += share * (time.process_time() - started)
-    return 1 / seconds
+        seconds[steps].append(time.process_time() - started)
+    return {steps: statistics.median(found) for steps, found in seconds.items()}
 
 
 async def overhead(model: SDXL) -> bool:
     """What the engine itself costs: denoiser and decoder answer at once, the rest is as for 1024 x 1024 pixels."""
     met = True
     print("\n| requests | rows in a forward | CPU ms for a request and step | goal |\n|---|---|---|---|")
-    for count in (1, 4, 8):
-        engine = Engine(model, slots=count)
+    for requests in (1, 4, 8):
+        engine = Engine(model, slots=requests)
         engine.start()
         await engine.ready()  # which loads the model anew
         model._pipeline.unet.forward = lambda sample, *_, **__: (sample * 0.1,)
         model._pipeline.vae.decode = lambda latents, *_, **__: (latents[:, :3, :8, :8],)
         engine.costs[model.model_name] = flat_costs(16)
-        _, short, long = [await burst(engine, count, steps) for steps in (10, 10, 90)]
-        milliseconds = (long - short) / (80 * count) * 1000
+        _, short, long = [await burst(engine, requests, steps) for steps in (10, 10, 90)]
+        milliseconds = (long - short) / (80 * requests) * 1000
         met &= milliseconds <= OVERHEAD_LIMIT_MS
         rows = engine.rows / engine.forwards
-        print(f"| {count} | {rows:.1f} | {milliseconds:.2f} | {OVERHEAD_LIMIT_MS} |", flush=True)
+        print(f"| {requests} | {rows:.1f} | {milliseconds:.2f} | {OVERHEAD_LIMIT_MS} |", flush=True)
         await asyncio.to_thread(engine.close)
     model.load()
     return met
@@ -277,16 +284,16 @@ def flat_costs(cap: int) -> Any:
     return costs
 
 
-async def burst(engine: Engine, count: int, steps: int) -> float:
+async def burst(engine: Engine, requests: int, steps: int) -> float:
     """CPU seconds of so many equal requests together."""
     started = time.process_time()
-    tickets = [engine.submit(Job(number, steps, 1024, 0.0).request) for number in range(count)]
+    tickets = [engine.submit(Job(number, steps, 1024, 0.0).request) for number in range(requests)]
     for ticket in tickets:
         await ticket.result()
     return time.process_time() - started
 
 
-async def memory(model: SDXL, count: int) -> bool:
+async def memory(model: SDXL, requests: int) -> bool:
     """Memory over many requests, of which every seventh is cancelled. A hundred prompts, so that the cache of encoded
     ones, which may take 256 MiB, is full from the beginning."""
     engine = Engine(model, slots=16)
@@ -296,7 +303,7 @@ async def memory(model: SDXL, count: int) -> bool:
     print("\n| requests | resident MiB |\n|---|---|")
     sizes = []
     for tenth in range(10):
-        for batch in batched(range(tenth * count // 10, (tenth + 1) * count // 10), 50):
+        for batch in batched(range(tenth * requests // 10, (tenth + 1) * requests // 10), 50):
             tickets = [engine.submit(Job(number % 100, 2, 64, 0.0).request) for number in batch]
             for number, ticket in zip(batch, tickets, strict=True):
                 if number % 7 == 0:
@@ -304,7 +311,7 @@ async def memory(model: SDXL, count: int) -> bool:
             await asyncio.gather(*(ticket.result() for ticket in tickets), return_exceptions=True)
         gc.collect()
         sizes.append(process.memory_info().rss / 2**20)
-        print(f"| {(tenth + 1) * count // 10} | {sizes[-1]:.0f} |", flush=True)
+        print(f"| {(tenth + 1) * requests // 10} | {sizes[-1]:.0f} |", flush=True)
     await asyncio.to_thread(engine.close)
     return sizes[-1] <= 1.05 * sizes[2]
 

@@ -55,9 +55,10 @@ class Held:
             self.advanced = time.monotonic()
 
     def leave_slot(self) -> None:
-        """The model is free for another job; what is left of this one is to encode, store and settle."""
-        self.in_slot = False
-        if self.on_leave is not None:
+        """The model is free for another job; what is left of this one is to encode, store and settle. To be called
+        again changes nothing."""
+        was_in_slot, self.in_slot = self.in_slot, False
+        if was_in_slot and self.on_leave is not None:
             self.on_leave()
 
     def stop(self, reason: StopReason) -> None:

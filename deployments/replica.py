@@ -228,8 +228,7 @@ class Replica:
         try:
             generation = await self._watched(held, ticket, previews, states)
         finally:
-            if held.in_slot:
-                held.leave_slot()
+            held.leave_slot()
         held.report("encode_media")
         model_name = self.model.model_name
         origin = await self._origin(held.claim, request)
@@ -290,9 +289,10 @@ class Replica:
             raise ReferenceGone("a stored reference image, or its mask, is gone") from error
 
     async def _watched(self, held: Held, ticket: Ticket, previews: Previews, states: RunStates) -> Generation:
-        result = asyncio.create_task(ticket.result())
+        result, denoised = asyncio.create_task(ticket.result()), asyncio.create_task(ticket.denoised())
         while not result.done():
-            await asyncio.wait({result}, timeout=WATCH_SECONDS)
+            waits: set[asyncio.Task[Any]] = {result, denoised} if held.in_slot else {result}
+            await asyncio.wait(waits, timeout=WATCH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             progress = ticket.progress
             denoising = progress.phase == "denoise"
             held.report(
@@ -303,7 +303,7 @@ class Replica:
             )
             previews.look()
             states.look()
-            if progress.denoised and held.in_slot:
+            if progress.denoised:
                 held.leave_slot()
         return result.result()
 

@@ -124,7 +124,9 @@ class SDXL(PipelineModel):
         }
 
         watch.phase("encode")
-        fitted = watch.aside(lambda: self._references.fit(request))
+        fit = partial(self._references.fit, request)
+        # whoever waits for a lane waits for the end of a forward as well: not where there is nothing to do
+        fitted = watch.aside(fit) if params.references else fit()
         arguments |= fitted.arguments
         settings["references"] = fitted.facts
         encoded = watch.aside(lambda: self._encode(own, params, watch.adapters), "text")
@@ -134,7 +136,8 @@ class SDXL(PipelineModel):
         pictures: list[Image] = []
         batches = [seeds[first : first + size] for first in range(0, len(seeds), size)]
         for number, batch in enumerate(batches):
-            watch.prompts = watch.aside(partial(self._references.prompts, fitted, params, len(batch)), "text")
+            if fitted.encoded:
+                watch.prompts = watch.aside(partial(self._references.prompts, fitted, params, len(batch)), "text")
             own = self._own(pipeline, self._scheduler(params), request, watch)
             watch.batch(number, len(batches))
             chances = generators(batch)

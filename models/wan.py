@@ -6,6 +6,7 @@ parameters. The VAE stays in float32, as its documentation in diffusers asks for
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ class WAN(PipelineModel):
         encoded = watch.aside(lambda: self._encode(own, params), "text")
         settings |= encoded.facts
         told: dict[str, Any] = {}
-        frames_given = watch.aside(lambda: self._frames.fit(request, told))
+        fit = partial(self._frames.fit, request, told)
+        frames_given = watch.aside(fit) if request.guides else fit()
         settings["references"] = told
         if told:
             settings["image_to_video"] = self._frames.settings()

@@ -44,7 +44,9 @@ class Ticket:
         self._progress = Progress("waiting", 0, request.params.steps, 0, time.monotonic())
         self._cancelled = threading.Event()
         self._future: Future[Generation] = Future()
-        self._future.set_running_or_notify_cancel()  # from here on only the engine can end it
+        self._denoised: Future[None] = Future()
+        for future in (self._future, self._denoised):
+            future.set_running_or_notify_cancel()  # from here on only the engine can end it
 
     @property
     def progress(self) -> Progress:
@@ -67,9 +69,15 @@ class Ticket:
         """The finished generation. Raises its `GenerationError`. Giving up waiting does not cancel it."""
         return await asyncio.shield(asyncio.wrap_future(self._future))
 
+    async def denoised(self) -> None:
+        """Returns when all steps are done, or when the generation has ended without."""
+        await asyncio.shield(asyncio.wrap_future(self._denoised))
+
     def advance(self, **changes: Any) -> None:
         """For the engine: the generation is alive, and this is where it is."""
         self._progress = replace(self._progress, activity=self._progress.activity + 1, **changes)
+        if self._progress.denoised and not self._denoised.done():
+            self._denoised.set_result(None)
 
     def end(self, outcome: Generation | GenerationError) -> None:
         """For the engine, once."""

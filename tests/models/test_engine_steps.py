@@ -13,6 +13,7 @@ from models.denoising import forwards
 from models.denoising.costs import Costs, Shape, shape_of
 from models.engine import (
     Cancelled,
+    Control,
     DeviceBroken,
     Engine,
     GenerationFailed,
@@ -271,6 +272,33 @@ async def test_only_denoising_is_done_on_the_denoising_thread(
     name = sdxl.model_name
     pixels, text = {f"{name} pixels"}, {f"{name} text"}
     assert threads == {"start": pixels, "decode": pixels, "text": text, "denoise": {"engine"}}
+
+
+class Noting(Control):
+    """Notes the lanes that a generation waits for, and its forwards."""
+
+    def __init__(self) -> None:
+        self.waits: list[str] = []
+
+    def forward(self, call: Any) -> Any:
+        self.waits.append("forward")
+        return call.run()
+
+    def aside(self, work: Callable[[], Any], lane: str = "pixels") -> Any:
+        self.waits.append(lane)
+        return work()
+
+
+@pytest.mark.parametrize("family", ["sdxl", "wan"])
+def test_a_request_without_references_waits_for_its_text_alone(
+    family: str, sdxl: SDXL, wan: WAN, image_request: Make, video_request: Make
+) -> None:
+    """Each lane that it waits for may cost it the length of a forward of others."""
+    noting = Noting()
+    model, request = (sdxl, image_request()) if family == "sdxl" else (wan, video_request())
+    model.load()
+    model.generate(request, noting)
+    assert noting.waits[: noting.waits.index("forward")] == ["text"]
 
 
 @pytest.mark.parametrize("overlap", [True, False])
