@@ -105,7 +105,7 @@ class NewJob:
     deadline_seconds: float | None = None
     batch_size: int | None = None  # images at a time; None: all of them
     shape: str | None = None  # jobs of one shape share forwards
-    rows: int | None = None  # of it in one step
+    rows: int | None = None  # of it in one step, with as many images at a time as now
     loras: Sequence[str] = ()
     provider: str = "local"  # or an outside one, whose model is `api_model_id`
     api_model_id: UUID | None = None

@@ -51,6 +51,7 @@ async def rerun(
         if earlier is not None:
             return earlier[0]
     params = await _with_own_references(edge, params, f"{user.user_id}/{job_id}")
+    batch_size = _batch_size(row, params)
     job = NewJob(
         id=job_id,
         user_id=user.user_id,
@@ -68,12 +69,12 @@ async def rerun(
         enhancement_strategy=strategy_of(False, params.compel_enabled),
         params=params.model_dump(mode="json"),
         shape=shape_name(params),
-        rows=rows_of(params),
+        rows=rows_of(params.model_copy(update={"num_images": batch_size or params.num_images})),
         loras=[use.name for use in params.loras],
         content_mode=params.content_mode,
         metadata={"rerun_of": row["id"]},
         max_attempts=edge.settings.max_attempts,
-        batch_size=_batch_size(row, params),
+        batch_size=batch_size,
     )
     stored = [key for one in params.references for key in one.keys]
     async with kept_references(edge, stored) as keep:

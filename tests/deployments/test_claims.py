@@ -162,6 +162,16 @@ async def test_a_job_that_has_left_its_slot_makes_room_for_the_next(desk: Desk) 
         assert {(await hands.end()).claim.job_id for _ in range(2)} == {first, second}
 
 
+async def test_a_slot_is_left_once(desk: Desk) -> None:
+    await desk.accept(1)
+    (claim,) = await desk.queue.claim("sdxl", desk.worker, 1)
+    left: list[bool] = []
+    held = Held(claim, on_leave=lambda: left.append(held.in_slot))
+    held.leave_slot()
+    held.leave_slot()
+    assert left == [False]
+
+
 async def test_jobs_that_have_left_their_slots_do_not_pile_up(desk: Desk) -> None:
     await desk.accept(5)
     hands = Hands(desk)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from uuid6 import uuid7
 from db.blobs import BlobStore, UrlSigner
 from db.jobs import NewJob, Stage
 from db.queue import Queue
+from deployments import replica as replica_module
 from deployments.metrics import Metrics
 from deployments.replica import Replica
 from deployments.settings import Settings, SettingsError
@@ -154,6 +156,30 @@ async def test_a_job_becomes_files_rows_and_a_callback(desk: Desk, settings: Set
         assert reference["metadata"]["seed"] == asset["generation_seed"]
     assert len(json.dumps(body)) < 20_000, "a callback carries references, never media"
     assert await desk.events(job_id) == ["queued", "started", "completed"]
+
+
+async def test_a_slot_is_given_on_with_the_last_step(
+    desk: Desk, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, and not with the picture: one job more is taken while the first are kept from their decoding."""
+    monkeypatch.setattr(replica_module, "WATCH_SECONDS", 60.0)
+    opened = threading.Event()
+    async with serving(settings) as replica:
+        vae = replica.model._pipeline.vae
+        decode = vae.decode
+
+        def held_up(*args: Any, **kwargs: Any) -> Any:
+            assert opened.wait(60)
+            return decode(*args, **kwargs)
+
+        monkeypatch.setattr(vae, "decode", held_up)
+        slots = replica.spec.slots
+        jobs = [await submit(desk, settings) for _ in range(slots + 1)]
+        try:
+            await desk.until("SELECT 1 FROM job_queue WHERE state = 'running' HAVING count(*) = $1", slots + 1)
+        finally:
+            opened.set()
+        assert [await ended(desk, job) for job in jobs] == ["completed"] * (slots + 1)
 
 
 async def test_the_same_seed_gives_the_same_picture(desk: Desk, settings: Settings) -> None:

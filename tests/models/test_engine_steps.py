@@ -274,6 +274,25 @@ async def test_only_denoising_is_done_on_the_denoising_thread(
     assert threads == {"start": pixels, "decode": pixels, "text": text, "denoise": {"engine"}}
 
 
+async def test_a_ticket_tells_when_its_steps_are_done(
+    sdxl: SDXL, image_request: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = threading.Event()
+    async with running(sdxl) as engine:
+        decode = sdxl._pipeline.vae.decode
+
+        def held_up(*args: Any, **kwargs: Any) -> Any:
+            assert opened.wait(DEADLINE)
+            return decode(*args, **kwargs)
+
+        monkeypatch.setattr(sdxl._pipeline.vae, "decode", held_up)
+        ticket, stopped = engine.submit(image_request()), engine.submit(image_request(model="another"))
+        await asyncio.gather(ticket.denoised(), stopped.denoised())
+        assert (ticket.done, stopped.done) == (False, True)
+        opened.set()
+        assert (await ticket.result()).images
+
+
 class Noting(Control):
     """Notes the lanes that a generation waits for, and its forwards."""
 

@@ -49,6 +49,15 @@ async def test_create_with_enhancement_waits_for_the_language_model(
     assert await server.pool.fetchval("SELECT queue FROM job_queue") == "qwen"
 
 
+async def test_the_queue_knows_what_a_job_asks_of_a_forward(server: InProcess, alice: httpx2.AsyncClient) -> None:
+    place = "SELECT shape, rows FROM job_queue"
+    job = await submit(alice, num_images=3, guidance_scale=5.0, width=128, height=192)
+    assert tuple(await server.pool.fetchrow(place)) == ("128x192x1", 6)
+    await alice.post(f"/v1/jobs/{job['id']}/cancel")
+    await alice.post(f"/v1/jobs/{job['id']}/retry")
+    assert tuple(await server.pool.fetchrow(place)) == ("128x192x1", 6)
+
+
 async def test_create_charges_the_credits_of_the_type(server: InProcess, alice: httpx2.AsyncClient) -> None:
     await submit(alice, job_type="sdxl_image_high")
     assert await server.pool.fetchval("SELECT credits_consumed FROM usage_logs") == 2

@@ -133,6 +133,7 @@ async def test_a_rerun_has_everything_that_was_recorded(server: InProcess, alice
     assert again["params"] == job["params"] | {"previews": False, "reproducible": True}
     assert (again["prompt"], again["enhanced_prompt"]) == (job["prompt"], "a red mill")
     assert (again["stage"], again["status"], again["metadata"]) == ("generate", "queued", {"rerun_of": job["id"]})
+    assert await server.pool.fetchval("SELECT rows FROM job_queue") == 4
     claim = await server.claim()
     assert (str(claim.job_id), claim.batch_size) == (again["id"], 2), "as many at a time as then"
 
