@@ -90,7 +90,7 @@ def trace(pixels: int, size: int, load: float, service: dict[int, float], seed: 
         now += chance.expovariate(1.0)
         steps = chance.choices([steps for steps, _ in MIX], [share for _, share in MIX])[0]
         jobs.append(Job(next(NUMBERS), steps, pixels, now))
-    # a hundred draws have some tenths more or less work, or time, than is to be expected
+    # a hundred draws may have a tenth more or less work, or time, than is to be expected
     scale = sum(service[job.steps] for job in jobs) / (load * now)
     for job in jobs:
         job.arrival *= scale
