@@ -23,12 +23,11 @@ from db.queue import Claim
 
 SQL = Path(__file__).parent.parent / "db" / "queries" / "queue.sql"
 JOBS, BATCH = 10_000, 500
-UNTOLD = ("id IN (SELECT job_id FROM called)", "false")
 NO_JOB = (
-    "FROM started ORDER BY class DESC, tag, job_id",
+    "FROM started;",
     "FROM (SELECT c.*, NULL::uuid AS user_id, ''::text AS job_type, ''::text AS stage, ''::text AS content_mode, "
     "''::text AS original_prompt, ''::text AS enhanced_prompt, NULL::jsonb AS enhancement, '{}'::jsonb AS params, "
-    "3 AS max_attempts, 0 AS queue_wait_ms FROM claimed c) started",
+    "3 AS max_attempts, 0 AS queue_wait_ms FROM claimed c) started;",
 )
 # the statement, what is taken out of it, and what else has to be another text then
 CUTS: tuple[tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = (
@@ -36,7 +35,7 @@ CUTS: tuple[tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] 
     ("claim", "event", ("noted",), ()),
     ("claim", "clock", ("clock",), ()),
     ("claim", "reading the job", ("started",), (NO_JOB,)),
-    ("settle", "callback", ("called",), (UNTOLD,)),
+    ("settle", "callback", ("called",), ()),
     ("settle", "event", ("noted",), ()),
     ("settle", "files, share, run time, refund", ("superseded", "stored", "timed", "charged", "refunded"), ()),
     ("settle", "writing the job", ("ended",), (("FROM ended;", "FROM gone;"),)),

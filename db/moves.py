@@ -4,12 +4,25 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Self
+from operator import itemgetter
+from typing import Any, NamedTuple, Self, cast
 from uuid import UUID
 
 import asyncpg
 
 from db.jobs import Status
+
+# what a claim says beside the job, in the order of its fields
+_TERMS = itemgetter(
+    "attempts",
+    "budget_used",
+    "max_attempts",
+    "batch_size",
+    "moved_for_memory",
+    "outage_seconds",
+    "class",
+    "deadline_seconds",
+)
 
 
 class CancelReason(StrEnum):
@@ -19,9 +32,11 @@ class CancelReason(StrEnum):
     DEADLINE = "deadline"
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A job in a replica's hands. `attempt` is the fencing token of everything the replica will write."""
+class Claim(NamedTuple):
+    """A job in a replica's hands. `attempt` is the fencing token of everything the replica will write.
+
+    Claims and ends come by the thousand: a named tuple is made in a third of the time of a frozen dataclass.
+    """
 
     job: Mapping[str, Any]
     attempt: int
@@ -42,17 +57,7 @@ class Claim:
     @classmethod
     def from_row(cls, row: asyncpg.Record) -> Self:
         """The claim from a row of the `claim` statement."""
-        return cls(
-            dict(row),
-            row["attempts"],
-            row["budget_used"],
-            row["max_attempts"],
-            row["batch_size"],
-            row["moved_for_memory"],
-            row["outage_seconds"],
-            row["class"],
-            row["deadline_seconds"],
-        )
+        return cls(cast("Mapping[str, Any]", row), *_TERMS(row))  # a row is read as a mapping is
 
 
 @dataclass(frozen=True)
@@ -101,29 +106,31 @@ class NewAsset:
     moderation_reason: str | None = None  # a code
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settlement:
+class Settlement(NamedTuple):
     """The end of a job. With `attempt` it ends a running job under that attempt only; without, a waiting one."""
 
     job_id: UUID
     status: Status
     attempt: int | None = None
+    worker: UUID | None = None
+    generation_time_ms: int | None = None
+    # what few ends have, and `details` tells
     expired: bool = False  # only if the lease has run out
     counts: bool = False  # a failure against max_attempts
     error_code: str | None = None
     error_message: str | None = None
     retryable: bool | None = None
     settings: Mapping[str, Any] | None = None
-    generation_time_ms: int | None = None
-    worker: UUID | None = None
     assets: Sequence[NewAsset] = ()
     callback_assets: Sequence[Mapping[str, Any]] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] | None = None
     compute_seconds: float | None = None  # of a replica's time; None: all of it since the claim
 
     @property
     def details(self) -> dict[str, Any] | None:
         """What few ends have, under the names of the `settle` statement; None where there is nothing of it."""
+        if self[_FIRST_DETAIL:] == _NO_DETAILS:
+            return None
         told = {
             "expired": self.expired or None,
             "counts": self.counts or None,
@@ -139,13 +146,8 @@ class Settlement:
         return {name: value for name, value in told.items() if value is not None} or None
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """A job that ended now, and whether somebody is to be called about it."""
-
-    job_id: UUID
-    status: Status
-    calls_back: bool
+_FIRST_DETAIL = Settlement._fields.index("expired")
+_NO_DETAILS = tuple(Settlement._field_defaults[name] for name in Settlement._fields[_FIRST_DETAIL:])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from uuid import UUID
 import aiosql
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
+from pydantic_core import from_json
 
 Connection: TypeAlias = asyncpg.Connection | PoolConnectionProxy
 
@@ -114,7 +115,7 @@ async def as_user(pool: asyncpg.Pool, user_id: UUID) -> AsyncIterator[Connection
 
 async def _prepare(connection: asyncpg.Connection) -> None:
     for kind in ("json", "jsonb"):
-        await connection.set_type_codec(kind, schema="pg_catalog", encoder=_encode, decoder=json.loads, format="text")
+        await connection.set_type_codec(kind, schema="pg_catalog", encoder=_encode, decoder=from_json, format="text")
 
 
 async def _reset(connection: asyncpg.Connection) -> None:

@@ -20,7 +20,6 @@ from db.moves import NewAsset as NewAsset
 from db.moves import Overdue as Overdue
 from db.moves import Renewal as Renewal
 from db.moves import Requeue as Requeue
-from db.moves import Settled as Settled
 from db.moves import Settlement as Settlement
 from db.pool import Connection, queries
 
@@ -96,27 +95,28 @@ class Queue:
         )
         return {row["job_id"]: row["cancel"] async for row in rows}
 
-    async def settle(self, settlements: Sequence[Settlement], connection: Connection | None = None) -> list[Settled]:
-        """End jobs, each in full or not at all: state, assets, event and callback in one statement."""
+    async def settle(self, settlements: Sequence[Settlement], connection: Connection | None = None) -> list[Settlement]:
+        """End jobs, each in full or not at all: state, assets, event and callback in one statement. The answer are
+        those that ended something."""
         return [ended for ended in await self.settle_each(settlements, connection) if ended is not None]
 
     async def settle_each(
         self, settlements: Sequence[Settlement], connection: Connection | None = None
-    ) -> list[Settled | None]:
+    ) -> list[Settlement | None]:
         """The same, with an answer for each in their order: None where nothing ended."""
-        answer: list[Settled | None] = [None] * len(settlements)
-        rows = self._sql.settle(
+        answer: list[Settlement | None] = [None] * len(settlements)
+        ended = await self._sql.settle(
             connection or self._pool,
             job_ids=[s.job_id for s in settlements],
             attempts=[s.attempt for s in settlements],
             statuses=[s.status for s in settlements],
             times=[s.generation_time_ms for s in settlements],
             workers=[s.worker for s in settlements],
-            details=[s.details for s in settlements],
+            # few have any, and a shorter array is filled up with nulls
+            details=details if any(details := [s.details for s in settlements]) else [],
         )
-        async for row in rows:
-            ended = settlements[row["n"] - 1]
-            answer[row["n"] - 1] = Settled(ended.job_id, ended.status, row["calls_back"])
+        for n in ended:
+            answer[n - 1] = settlements[n - 1]
         return answer
 
     async def requeue(self, requeues: Sequence[Requeue]) -> dict[UUID, str]:

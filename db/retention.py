@@ -11,13 +11,14 @@ import asyncpg
 from db.pool import queries
 
 BATCH = 5000  # rows of a kind that one statement deletes, so that none holds its locks for long
+EVENTS_PER_JOB = 5  # of which a history goes as a whole: accepted, started and ended, and now and then a failure
 
 
 @dataclass(frozen=True)
 class RetentionPolicy:
     """How many days each kind of row is kept."""
 
-    event_days: int = 30  # the history of a job, counted from the event; that of an open job is kept
+    event_days: int = 30  # the history of a job, counted from its end
     delivery_days: int = 30  # each try to deliver a callback; the callback itself stays with its job
 
 
@@ -31,10 +32,11 @@ class Retention:
     async def prune(self) -> bool:
         """Delete at most one batch of each kind. True when there may be more: call again."""
         pool, batch = self._pool, self._batch
+        jobs = max(1, batch // EVENTS_PER_JOB)
+        told = await self._sql.prune_events(pool, days=self._policy.event_days, jobs=jobs)
         counts = (
-            await self._sql.prune_events(pool, days=self._policy.event_days, batch=batch),
             await self._sql.prune_deliveries(pool, days=self._policy.delivery_days, batch=batch),
             await self._sql.prune_idempotency_keys(pool, batch=batch),
             await self._sql.prune_workers(pool, batch=batch),
         )
-        return any(count == batch for count in counts)
+        return told == jobs or any(count == batch for count in counts)

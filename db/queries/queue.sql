@@ -56,7 +56,8 @@ WITH stopped AS MATERIALIZED (
   SELECT c.*, j.user_id, j.job_type, j.stage, j.content_mode, j.original_prompt, j.enhanced_prompt, j.enhancement, j.params,
          j.max_attempts, j.event_seq, j.callback_url, j.callback_events, j.metadata,
          coalesce(j.queue_wait_ms, ourvidz.waited_ms(j.created_at, c.started_at)) AS queue_wait_ms
-  FROM claimed c JOIN jobs j ON j.id = c.job_id
+  -- in their order before the wide columns come, which a nested loop leaves as it is
+  FROM (SELECT * FROM claimed ORDER BY class DESC, tag, job_id) c JOIN jobs j ON j.id = c.job_id
 ), noted AS (
   -- there are two stages, and one worker: what is told of them is made once
   INSERT INTO job_events (job_id, user_id, attempt, kind, data)
@@ -75,7 +76,7 @@ WITH stopped AS MATERIALIZED (
 SELECT job_id AS id, user_id, job_type, stage, content_mode, original_prompt, enhanced_prompt, enhancement, params,
        attempt AS attempts, queue_wait_ms, failures AS budget_used, max_attempts, batch_size, moved_for_memory,
        outage_seconds, class, deadline_seconds
-FROM started ORDER BY class DESC, tag, job_id;
+FROM started;
 
 -- name: renew(job_ids, attempts, phases, steps, totals, preview_steps, preview_totals, worker, lease_seconds)
 -- Renew the leases of a replica's jobs with their progress. A job that is missing from the answer was lost.
@@ -89,12 +90,11 @@ FROM unnest(:job_ids::uuid[], :attempts::int[], :phases::text[], :steps::int[], 
 WHERE q.job_id = g.job_id AND q.attempt = g.attempt AND q.state::text = 'running' AND q.worker = :worker
 RETURNING q.job_id, q.cancel;
 
--- name: settle(job_ids, attempts, statuses, times, workers, details)
+-- name: settle(job_ids, attempts, statuses, times, workers, details)$
 -- End jobs. The attempt is the fence: with it, only a running job under that very attempt ends; without it, only one
 -- that is not running. `details` are what few have: the error, `counts`, `expired` (only if the lease has run out),
 -- settings, assets, callback_assets, facts, compute_seconds (the share of a replica that it had, in the place of the time
--- since its claim). What did not end is missing from the answer, which names the rows by their
--- `n`, counted from 1.
+-- since its claim). The answer holds the numbers, counted from 1, of those that ended.
 WITH given AS MATERIALIZED (
   SELECT * FROM unnest(:job_ids::uuid[], :attempts::int[], :statuses::text[], :times::bigint[], :workers::uuid[],
                        :details::jsonb[])
@@ -170,16 +170,16 @@ WITH given AS MATERIALIZED (
                 'assets', coalesce(jsonb_array_length(details -> 'assets'), 0))) END
   FROM ended
 ), superseded AS (
+  -- by the jobs alone: of the index of what is due the whole backlog would be read, were its condition spelled out
   UPDATE callback_outbox SET state = 'superseded'
-  WHERE job_id = ANY (ARRAY(SELECT id FROM ended)) AND state = 'due' AND NOT terminal
+  WHERE job_id = ANY (ARRAY(SELECT id FROM ended)) AND state || '' = 'due' AND NOT terminal
 ), called AS (
   INSERT INTO callback_outbox (id, job_id, user_id, endpoint_id, seq, event_type, terminal, url, body)
   SELECT c.* FROM ended e CROSS JOIN LATERAL ourvidz.callbacks_of(
     e.id, e.user_id, e.event_seq, e.status, e.attempts, e.job_type, e.callback_url, e.callback_events, e.metadata,
     e.error_code, e.error_message, e.details -> 'callback_assets', e.details -> 'facts') c
-  RETURNING job_id
 )
-SELECT n, id IN (SELECT job_id FROM called) AS calls_back FROM ended;
+SELECT coalesce(array_agg(n), '{}') FROM ended;
 
 -- name: requeue(rows)
 -- Put running jobs back: to the next stage's queue, after a failure with its delay, or at once when a replica drains.

@@ -1,14 +1,14 @@
--- name: prune_events(days, batch)$
--- Delete old events of ended jobs, oldest first. How many.
-WITH gone AS (
-  DELETE FROM job_events WHERE ctid = ANY (ARRAY(  -- where it stands: an event is never written anew
-    SELECT e.ctid FROM job_events e
-    WHERE e.at < now() - make_interval(days => :days::int)
-      AND EXISTS (SELECT FROM jobs j WHERE j.id = e.job_id AND j.completed_at IS NOT NULL)
-    ORDER BY e.at LIMIT :batch::int))
-  RETURNING 1
+-- name: prune_events(days, jobs)$
+-- Delete the events of jobs that ended long ago, those first that were accepted first. Of how many jobs.
+WITH old AS MATERIALIZED (
+  SELECT e.job_id FROM job_events e
+  WHERE e.kind IN ('queued', 'retried') AND e.at < now() - make_interval(days => :days::int)
+    AND EXISTS (SELECT FROM jobs j WHERE j.id = e.job_id AND j.completed_at < now() - make_interval(days => :days::int))
+  ORDER BY e.at LIMIT :jobs::int
+), gone AS (
+  DELETE FROM job_events WHERE job_id = ANY (ARRAY(SELECT job_id FROM old))
 )
-SELECT count(*) FROM gone;
+SELECT count(*) FROM old;
 
 -- name: prune_deliveries(days, batch)$
 -- Delete the log of old tries to deliver callbacks, oldest first. How many.

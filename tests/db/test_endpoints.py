@@ -90,16 +90,10 @@ async def test_jobs_that_end_in_one_statement_have_rows_of_their_own(database: A
     assert {(row["job_id"], row["endpoint_id"]) for row in rows} == {(job.id, endpoint.id) for job in jobs}
 
 
-async def test_end_of_a_job_says_that_somebody_is_told(database: Any, outbox: Outbox) -> None:
-    queue, calls_back = Queue(database.worker_pool), []
-    for events in (["failed"], ["completed"]):
-        await outbox.endpoint(events=events)
-        job = new_job(outbox.user_id, callback_url=None)
-        await Jobs(database.pool).accept(job)
-        (claim,) = [claim for claim in await queue.claim("sdxl", uuid4(), 9) if claim.job_id == job.id]
-        (settled,) = await queue.settle([Settlement(job_id=job.id, attempt=claim.attempt, status=Status.COMPLETED)])
-        calls_back.append(settled.calls_back)
-    assert calls_back == [False, True]
+async def test_end_that_nobody_wants_to_hear_of_has_no_row(database: Any, outbox: Outbox) -> None:
+    await outbox.endpoint(events=["failed"])
+    await ended(database, new_job(outbox.user_id, callback_url=None))
+    assert await outbox.pool.fetchval("SELECT count(*) FROM callback_outbox") == 0
 
 
 async def test_disabled_endpoint_hears_of_nothing(database: Any, outbox: Outbox, endpoints: Endpoints) -> None:

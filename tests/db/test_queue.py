@@ -143,8 +143,7 @@ async def test_settle_finishes_with_assets_event_and_callback(database: Any) -> 
         settings={"steps": 4},
         generation_time_ms=12,
     )
-    (settled,) = await queue.settle([done])
-    assert (settled.job_id, settled.status, settled.calls_back) == (job.id, Status.COMPLETED, True)
+    assert await queue.settle([done]) == [done]
     record = await jobs.read(database.pool, job.id)
     assert record is not None
     assert record.queue is None

@@ -43,16 +43,67 @@ def retention(database: Any) -> Retention:
     return Retention(database.worker_pool, RetentionPolicy(event_days=30, delivery_days=7))
 
 
+async def aged(database: Any, job_id: UUID, days: int, ended_days: int | None = None) -> None:
+    """Make a job, and what is told of it, as old as that."""
+    await database.pool.execute(
+        "UPDATE job_events SET at = at - make_interval(days => $2) WHERE job_id = $1", job_id, days
+    )
+    await database.pool.execute(
+        "UPDATE jobs SET completed_at = completed_at - make_interval(days => $2) WHERE id = $1",
+        job_id,
+        days if ended_days is None else ended_days,
+    )
+
+
+async def told_of(database: Any) -> set[UUID]:
+    """The jobs that still have events."""
+    return {row["job_id"] for row in await database.pool.fetch("SELECT DISTINCT job_id FROM job_events")}
+
+
 async def test_old_events_of_ended_jobs_go_and_their_jobs_stay(database: Any, retention: Retention) -> None:
     ended = await ended_job(database)
     waiting = new_job(await database.user())
     await Jobs(database.pool).accept(waiting)
-    await database.pool.execute("UPDATE job_events SET at = now() - interval '31 days'")
+    for job_id in (ended, waiting.id):
+        await aged(database, job_id, 31)
     young = await ended_job(database)
     assert await retention.prune() is False
-    left = await database.pool.fetch("SELECT DISTINCT job_id FROM job_events")
-    assert {row["job_id"] for row in left} == {waiting.id, young}
+    assert await told_of(database) == {waiting.id, young}
     assert {row["id"] for row in await database.pool.fetch("SELECT id FROM jobs")} == {ended, waiting.id, young}
+
+
+async def test_a_history_is_kept_whole_until_its_end_is_old(database: Any, retention: Retention) -> None:
+    job_id = await ended_job(database)
+    await aged(database, job_id, 40, ended_days=29)
+    await retention.prune()
+    assert await count(database, "job_events") == 2
+    await aged(database, job_id, 2)
+    await retention.prune()
+    assert await count(database, "job_events") == 0
+
+
+async def test_a_retry_whose_first_history_is_gone_is_forgotten_as_well(database: Any, retention: Retention) -> None:
+    job_id = await ended_job(database)
+    await aged(database, job_id, 31)
+    await retention.prune()
+    assert await Jobs(database.pool).retry(job_id, queue="sdxl", cost=5.0)
+    await Queue(database.pool).settle([Settlement(job_id=job_id, status=Status.CANCELLED)])
+    assert await count(database, "job_events") == 2
+    await aged(database, job_id, 31)
+    await retention.prune()
+    assert await count(database, "job_events") == 0
+
+
+async def test_one_call_forgets_a_batch_of_histories_and_says_that_there_is_more(database: Any) -> None:
+    jobs = [await ended_job(database) for _ in range(5)]
+    for days, job_id in enumerate(jobs, start=40):
+        await aged(database, job_id, days)
+    small = Retention(database.worker_pool, batch=10)
+    assert await small.prune() is True
+    assert await told_of(database) == set(jobs[:3]), "the oldest go first"
+    assert await small.prune() is True
+    assert await small.prune() is False
+    assert await told_of(database) == set()
 
 
 async def test_the_delivery_log_has_an_age_of_its_own(database: Any, retention: Retention) -> None:
