@@ -7,7 +7,8 @@ files may be half there), verified (every file was read back; deleting may have 
 import gzip
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Self
@@ -78,9 +79,15 @@ class Archives:
         self._connection = connection
         self._sql = queries("archives")
 
-    async def lock(self) -> bool:
-        """Keep every other archive command out, for as long as the connection is held. False: one is at work."""
-        return bool(await self._sql.lock(self._connection))
+    @asynccontextmanager
+    async def locked(self) -> AsyncIterator[bool]:
+        """Keep every other archive command out meanwhile. False: one is at work."""
+        held = bool(await self._sql.lock(self._connection))
+        try:
+            yield held
+        finally:
+            if held and not self._connection.is_closed():  # a lock goes with its connection
+                await self._sql.unlock(self._connection)
 
     async def cutoff(self, older_than: timedelta) -> datetime:
         """The moment that long ago, by the database's clock."""

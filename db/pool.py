@@ -119,13 +119,14 @@ async def _prepare(connection: asyncpg.Connection) -> None:
 
 
 async def _reset(connection: asyncpg.Connection) -> None:
-    """What a pool does with a connection that comes back: one to a standby goes, or a pool that was filled during a
-    failover would stay with the old primary."""
+    """What a pool does with a connection that comes back, after asyncpg has rolled back what was open on it.
+
+    Nothing that we set outlives its transaction, so nothing is reset: it would be a round trip after every statement.
+    A connection to a standby goes, or a pool that was filled during a failover would stay with the old primary.
+    """
     told = connection.get_settings()
     if "on" in (getattr(told, "in_hot_standby", "off"), getattr(told, "default_transaction_read_only", "off")):
         connection.terminate()
-    else:
-        await connection.execute(connection.get_reset_query())
 
 
 def _encode(value: object) -> str:

@@ -98,9 +98,8 @@ class Archive:
         With `keep_files` the jobs' files are copied into the archive; without, they are deleted with their jobs.
         Raises `ArchiveBusy`, `ArchiveDamaged`, `StorageUnavailable`; what was not finished is gone on with next time.
         """
-        async with self._pool.acquire() as connection:
-            archives = Archives(connection)
-            if not await archives.lock():
+        async with self._pool.acquire() as connection, (archives := Archives(connection)).locked() as held:
+            if not held:
                 raise ArchiveBusy("another archive command is at work")
             cutoff = await archives.cutoff(older_than)
             while plan := await archives.unfinished() or await archives.plan(cutoff, self._jobs, keep_files):

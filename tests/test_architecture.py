@@ -111,3 +111,16 @@ def test_every_query_is_used() -> None:
         names = re.findall(r"^-- name: (\w+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
         unused |= {name for name in names if not re.search(rf"\.{name}((_cursor)?\(|\.sql\b)", code)}
     assert not unused
+
+
+def test_no_statement_sets_what_outlives_its_transaction() -> None:
+    lasting = re.compile(
+        r"(?:^|;)\s*SET (?!LOCAL\b)|pg_(?:try_)?advisory_lock|set_config\([^()]*false\)|LISTEN ", re.IGNORECASE
+    )
+    found = set()
+    for path in (ROOT / "db/queries").glob("*.sql"):
+        for block in path.read_text(encoding="utf-8").split("-- name:")[1:]:
+            body = re.sub("--.*", "", block.split("\n", 1)[1]).strip()
+            found |= {(path.name, hit[0]) for hit in lasting.finditer(body)}
+    # the archive's lock is given back, and a backup's is taken on a connection of its own
+    assert found == {("archives.sql", "pg_try_advisory_lock"), ("backup.sql", "pg_advisory_lock")}

@@ -7,3 +7,16 @@ DELETE FROM job_events e
 WHERE at < now() - interval '1 day'
   AND NOT EXISTS (SELECT FROM job_events b WHERE b.job_id = e.job_id AND b.kind IN ('queued', 'retried'))
   AND EXISTS (SELECT FROM jobs j WHERE j.id = e.job_id AND j.completed_at IS NOT NULL);
+
+-- A job's place in the queue goes with it by the same trigger as its history, for the same reason: the rows are written by
+-- the statements that have just written their job. The key was checked at every acceptance.
+ALTER TABLE job_queue DROP CONSTRAINT job_queue_job_id_fkey;
+CREATE OR REPLACE FUNCTION ourvidz.forget_history() RETURNS trigger
+LANGUAGE plpgsql AS $$
+BEGIN
+  DELETE FROM job_queue q USING gone WHERE q.job_id = gone.id;
+  DELETE FROM job_events e USING gone WHERE e.job_id = gone.id;
+  DELETE FROM callback_outbox o USING gone WHERE o.job_id = gone.id;
+  UPDATE usage_logs u SET job_id = NULL FROM gone WHERE u.job_id = gone.id;  -- what was charged stays charged
+  RETURN NULL;
+END $$;

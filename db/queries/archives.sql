@@ -1,6 +1,10 @@
 -- name: lock()$
--- True when no other archive command is at work; holds for as long as the connection.
+-- True when no other archive command is at work; holds until the unlock, or the connection's end.
 SELECT pg_try_advisory_lock(x'6F757276697A6172'::bigint);
+
+-- name: unlock()$
+-- Let another archive command begin.
+SELECT pg_advisory_unlock(x'6F757276697A6172'::bigint);
 
 -- name: cutoff(seconds)$
 SELECT now() - make_interval(secs => :seconds::float8);

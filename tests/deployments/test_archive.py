@@ -374,11 +374,12 @@ async def test_a_plan_whose_jobs_all_came_back_is_given_up(past: Past) -> None:
 
 async def test_only_one_archive_command_works_at_a_time(past: Past) -> None:
     await past.job()
-    async with past.database.pool.acquire() as connection:
-        assert await Archives(connection).lock()
+    async with past.database.pool.acquire() as connection, Archives(connection).locked() as held:
+        assert held
         with pytest.raises(ArchiveBusy):
             await past.archive()
-    assert len(await past.archive()) == 1  # the lock went with the connection
+    assert len(await past.archive()) == 1
+    assert await past.database.pool.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
 
 
 async def test_many_jobs_make_many_archives_the_oldest_first(past: Past) -> None:
