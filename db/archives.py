@@ -8,7 +8,7 @@ import gzip
 import hashlib
 import io
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Self
@@ -16,7 +16,7 @@ from uuid import UUID
 
 import asyncpg
 
-from db.pool import Connection, queries
+from db.pool import CONNECTION_FAULTS, Connection, queries
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,10 @@ class Archives:
     @asynccontextmanager
     async def locked(self) -> AsyncIterator[bool]:
         """Keep every other archive command out meanwhile. False: one is at work."""
-        held = bool(await self._sql.lock(self._connection))
         try:
-            yield held
-        finally:
-            if held and not self._connection.is_closed():  # a lock goes with its connection
+            yield bool(await self._sql.lock(self._connection))
+        finally:  # also when it is not known whether it was taken; giving back what one has not is no error
+            with suppress(*CONNECTION_FAULTS):  # the lock has gone with the connection
                 await self._sql.unlock(self._connection)
 
     async def cutoff(self, older_than: timedelta) -> datetime:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from operator import itemgetter
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self
 from uuid import UUID
 
 import asyncpg
@@ -57,7 +57,7 @@ class Claim(NamedTuple):
     @classmethod
     def from_row(cls, row: asyncpg.Record) -> Self:
         """The claim from a row of the `claim` statement."""
-        return cls(cast("Mapping[str, Any]", row), *_TERMS(row))  # a row is read as a mapping is
+        return cls(dict(row), *_TERMS(row))
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ async def as_user(pool: asyncpg.Pool, user_id: UUID) -> AsyncIterator[Connection
 
 async def _prepare(connection: asyncpg.Connection) -> None:
     for kind in ("json", "jsonb"):
-        await connection.set_type_codec(kind, schema="pg_catalog", encoder=_encode, decoder=from_json, format="text")
+        await connection.set_type_codec(kind, schema="pg_catalog", encoder=_encode, decoder=_decode, format="text")
 
 
 async def _reset(connection: asyncpg.Connection) -> None:
@@ -127,6 +127,13 @@ async def _reset(connection: asyncpg.Connection) -> None:
     told = connection.get_settings()
     if "on" in (getattr(told, "in_hot_standby", "off"), getattr(told, "default_transaction_read_only", "off")):
         connection.terminate()
+
+
+def _decode(text: str) -> Any:
+    try:
+        return from_json(text)
+    except ValueError:  # nested deeper than it reads
+        return json.loads(text)
 
 
 def _encode(value: object) -> str:

@@ -2,11 +2,14 @@
 -- time; those of a claim and of an end, which are written at the highest rates, go into one index less.
 DROP INDEX job_events_at;
 CREATE INDEX job_events_begun ON job_events (at) WHERE kind IN ('queued', 'retried');
--- what is left of histories whose beginning was deleted before, when each event went by its own age
-DELETE FROM job_events e
-WHERE at < now() - interval '1 day'
-  AND NOT EXISTS (SELECT FROM job_events b WHERE b.job_id = e.job_id AND b.kind IN ('queued', 'retried'))
-  AND EXISTS (SELECT FROM jobs j WHERE j.id = e.job_id AND j.completed_at IS NOT NULL);
+-- Histories whose beginning was deleted before, when each event went by its own age, get one again, to be found by. The
+-- number before the first that is left is free: numbers are told apart within a job.
+INSERT INTO job_events (id, job_id, user_id, attempt, kind, at)
+OVERRIDING SYSTEM VALUE
+SELECT min(e.id) - 1, e.job_id, e.user_id, 0, 'queued', j.created_at
+FROM job_events e JOIN jobs j ON j.id = e.job_id
+GROUP BY e.job_id, e.user_id, j.created_at
+HAVING NOT bool_or(e.kind IN ('queued', 'retried'));
 
 -- A job's place in the queue goes with it by the same trigger as its history, for the same reason: the rows are written by
 -- the statements that have just written their job. The key was checked at every acceptance.
@@ -20,3 +23,10 @@ BEGIN
   UPDATE usage_logs u SET job_id = NULL FROM gone WHERE u.job_id = gone.id;  -- what was charged stays charged
   RETURN NULL;
 END $$;
+CREATE FUNCTION ourvidz.empty_queue() RETURNS trigger
+LANGUAGE plpgsql AS $$
+BEGIN
+  DELETE FROM job_queue;
+  RETURN NULL;
+END $$;
+CREATE TRIGGER jobs_emptied AFTER TRUNCATE ON jobs FOR EACH STATEMENT EXECUTE FUNCTION ourvidz.empty_queue();

@@ -1,5 +1,6 @@
 -- name: prune_events(days, jobs)$
--- Delete the events of jobs that ended long ago, those first that were accepted first. Of how many jobs.
+-- Delete the events of jobs that ended long ago, those first that were accepted first. How many of their
+-- beginnings were found.
 WITH old AS MATERIALIZED (
   SELECT e.job_id FROM job_events e
   WHERE e.kind IN ('queued', 'retried') AND e.at < now() - make_interval(days => :days::int)

@@ -158,6 +158,8 @@ async def test_claim_costs_by_the_job_and_not_by_the_queue(filled: asyncpg.Conne
     )
     assert plan.nodes[0]["Actual Rows"] == 4
     assert plan.whole_scans("job_queue") == plan.whole_scans("jobs") == 0
+    # the order of the answer is that of its outer side
+    assert {node["Node Type"] for node in plan.nodes if "Join" in node["Node Type"]} == set()
     assert plan.sorted_rows <= 4
     assert plan.removed <= 4 * 10
     assert plan.buffers <= 4 * 40

@@ -1,5 +1,7 @@
 """Retention on a real Postgres: what is forgotten, what is not, and how much at a time."""
 
+import re
+from importlib.resources import files
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -89,6 +91,20 @@ async def test_a_retry_whose_first_history_is_gone_is_forgotten_as_well(database
     assert await Jobs(database.pool).retry(job_id, queue="sdxl", cost=5.0)
     await Queue(database.pool).settle([Settlement(job_id=job_id, status=Status.CANCELLED)])
     assert await count(database, "job_events") == 2
+    await aged(database, job_id, 31)
+    await retention.prune()
+    assert await count(database, "job_events") == 0
+
+
+async def test_a_history_without_its_beginning_gets_one_by_the_migration(database: Any, retention: Retention) -> None:
+    job_id = await ended_job(database)
+    await database.pool.execute("DELETE FROM job_events WHERE kind = 'queued'")
+    text = files("db").joinpath("migrations/0031_history.sql").read_text(encoding="utf-8")
+    (repair,) = re.findall(r"INSERT INTO job_events.*?;", text, re.DOTALL)
+    for _ in range(2):
+        await database.pool.execute(repair)
+    events = await Jobs(database.pool).events_after(database.pool, job_id)
+    assert [event.kind for event in events] == ["queued", "cancelled"]
     await aged(database, job_id, 31)
     await retention.prune()
     assert await count(database, "job_events") == 0

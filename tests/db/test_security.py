@@ -14,7 +14,7 @@ import pytest_asyncio
 
 from db.access import Access
 from db.jobs import Jobs, Status
-from db.pool import BECOME, PLANNER, as_user, open_pool
+from db.pool import as_user, open_pool
 from db.queue import Queue, Settlement
 from tests.db.test_queue import asset, new_job
 
@@ -401,18 +401,3 @@ async def test_temporary_tables_do_not_stand_for_ours(people: People) -> None:
         await connection.execute("INSERT INTO erasures VALUES ($1)", people.alice)
         assert await connection.fetchval("SELECT ourvidz.erase_some($1, 10)", people.alice) == 0
         assert await connection.fetchval("SELECT count(*) FROM jobs") == 4
-
-
-async def test_nothing_that_was_left_open_on_a_connection_comes_back_with_it(people: People) -> None:
-    pool = await open_pool(people.database.url, max_size=1)
-    try:
-        async with pool.acquire() as connection:
-            await connection.execute("BEGIN")
-            await connection.execute(BECOME, json.dumps({"sub": str(uuid4()), "role": "authenticated"}))
-        row = await pool.fetchrow(
-            "SELECT current_user = session_user AS own, current_setting('request.jwt.claims', true) AS claims, "
-            "current_setting('plan_cache_mode') AS plans"
-        )
-    finally:
-        await pool.close()
-    assert (row["own"], row["claims"] or None, row["plans"]) == (True, None, PLANNER["plan_cache_mode"])

@@ -382,6 +382,20 @@ async def test_only_one_archive_command_works_at_a_time(past: Past) -> None:
     assert await past.database.pool.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
 
 
+async def test_a_lost_connection_hides_no_error_of_an_archive(past: Past) -> None:
+    pool = past.database.pool
+
+    async def cut() -> None:
+        async with pool.acquire() as connection, Archives(connection).locked():
+            await pool.fetchval("SELECT pg_terminate_backend($1, 5000)", connection.get_server_pid())
+            raise Died
+
+    with pytest.raises(Died):
+        await cut()
+    async with pool.acquire() as connection, Archives(connection).locked() as held:
+        assert held
+
+
 async def test_many_jobs_make_many_archives_the_oldest_first(past: Past) -> None:
     days = {await past.job(days=age): age for age in (500, 420, 460, 480, 440)}
     done = await past.archive(jobs=2)
