@@ -23,10 +23,11 @@ WITH limits AS MATERIALIZED (
 SELECT 'maintenance' AS code, 'maintenanceMode' AS setting, NULL::int AS allowed, NULL::float8 AS retry_after
 FROM limits WHERE maintained
 UNION ALL
+-- also where the user's row is too new to be seen here: it was there to be refused by
 SELECT 'rate_limited', 'rateLimitRequestsPerMinute', rate,
-       extract(epoch FROM q.rate_at - clock_timestamp())::float8 - (burst - 1) * gap::float8
-FROM limits, ourvidz.user_quotas q
-WHERE rate IS NOT NULL AND NOT maintained AND q.user_id = :user_id AND NOT EXISTS (SELECT FROM taken);
+       coalesce(extract(epoch FROM q.rate_at - clock_timestamp()) - (burst - 1) * gap, gap)::float8
+FROM limits LEFT JOIN ourvidz.user_quotas q ON q.user_id = :user_id
+WHERE rate IS NOT NULL AND NOT maintained AND NOT EXISTS (SELECT FROM taken);
 
 -- name: change_config(given, actor)!
 -- Set values, or with null take them away; what others keep in the row is left alone. With one audit row, unless nothing

@@ -199,6 +199,23 @@ async def test_of_many_requests_at_once_the_burst_is_let_in(database: Any) -> No
     assert [type(answer) for answer in answers if answer is not None] == [LimitReached] * 8
 
 
+async def test_a_request_beside_the_ones_that_used_the_burst_up_is_refused(database: Any) -> None:
+    await limit(database, rateLimitRequestsPerMinute=1, burst=4)
+    user, config = await database.user(), SystemConfig(database.pool)
+    async with database.pool.acquire() as connection, connection.transaction():
+        used_up = (
+            "INSERT INTO ourvidz.user_quotas (user_id, rate_at) VALUES ($1, clock_timestamp() + interval '4 minutes')"
+        )
+        await connection.execute(used_up, user)
+        beside = asyncio.create_task(config.admit_request(user))
+        waits = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'transactionid' AND NOT granted)"
+        async with asyncio.timeout(60):
+            while not await database.pool.fetchval(waits):  # noqa: ASYNC110 (the lock tells nobody)
+                await asyncio.sleep(0.01)
+    with pytest.raises(LimitReached):
+        await beside
+
+
 async def test_hour_slides_and_tells_when_its_first_job_leaves_it(database: Any) -> None:
     await limit(database, maxJobsPerHour=3)
     user, jobs = await database.user(), Jobs(database.pool)

@@ -197,6 +197,7 @@ async def test_old_history_of_ended_jobs_is_forgotten(desk: Desk, upkeep: Upkeep
     ended, open_job = await desk.accept(2)
     await Queue(pool).cancel(ended)
     await pool.execute("UPDATE job_events SET at = now() - interval '31 days'")
+    await pool.execute("UPDATE jobs SET completed_at = now() - interval '31 days' WHERE id = $1", ended)
     stop = asyncio.Event()
     running = asyncio.create_task(upkeep.run(60, stop))
     await desk.until("SELECT count(*) = 0 FROM job_events WHERE job_id = $1", ended)
